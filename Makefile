@@ -1,0 +1,50 @@
+VENV := .venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+RUN := $(VENV)/bin/python -m
+
+# The first Python that really runs: a version manager's shim may exist and fail.
+# `make setup PYTHON=…` names another one.
+USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
+	$$python -c '$(USABLE)' 2>/dev/null && echo $$python && break; done)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup test test-all unit lint gpu
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The stamps lie in the environment and so vanish with it.
+setup: $(VENV)/.package  ## create .venv with all of requirements.txt and this package, editable
+
+$(VENV)/.package: setup.py pyproject.toml $(VENV)/.requirements
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) check
+	@touch $@
+
+$(VENV)/.requirements: requirements.txt $(VENV)/pyvenv.cfg
+	$(PIP) install --requirement requirements.txt
+	@touch $@
+
+$(VENV)/pyvenv.cfg:
+	@'$(PYTHON)' -c '$(USABLE)' || { \
+	echo 'This needs Python 3.11 or 3.12 with venv, but found "$(PYTHON)".'; \
+	echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12'; exit 1; } >&2
+	'$(PYTHON)' -m venv $(VENV)
+
+test: lint unit  ## set up, lint, and run the quick tests
+
+test-all: lint  ## lint and run all tests but the GPU's
+	$(RUN) pytest -m 'not gpu'
+
+unit: setup
+	$(RUN) pytest -m 'not slow and not gpu'
+
+lint: setup  ## ruff: rules and format
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+# No set-up: a machine with a GPU may bring its own torch and have no network.
+gpu:  ## run the GPU's tests, in .venv if there is one, else with python3
+	$(firstword $(wildcard $(VENV)/bin/python) python3) -m pytest -m gpu

@@ -1,0 +1,131 @@
+"""The wheel, the editable install, and what torch and mim make of them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+MIM = ROOT / 'visionseq_mm' / '.mim'
+ENTRY_POINT = 'visionseq_mm = visionseq_mm.compat.autoload:install'
+
+
+def call(*command, **kwargs):
+    """Standard output of ``command``; its errors in the assertion where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def pip(*arguments):
+    call(sys.executable, '-m', 'pip', *arguments)
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    """Built from a copy, so that the checkout is not disturbed; `.mim` holds links in both."""
+    tree = tmp_path_factory.mktemp('tree') / 'checkout'
+    tree.mkdir()
+    for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'model-index.yml'):
+        shutil.copy(ROOT / name, tree)
+    for name in ('visionseq_mm', 'configs', 'tools', 'tests'):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True)
+    stale = tree / 'build' / 'lib' / 'visionseq_mm' / 'stale.py'
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    pip('wheel', tree, '--no-deps', '--no-build-isolation', '--wheel-dir', tree / 'dist')
+    (wheel,) = (tree / 'dist').glob('visionseq_mm-*.whl')
+    return wheel
+
+
+@pytest.fixture(scope='module')
+def installed(wheel, tmp_path_factory):
+    """A folder with the wheel, and the environment of a process that finds it first."""
+    folder = tmp_path_factory.mktemp('installed')
+    pip('install', '--no-deps', '--no-compile', '--target', folder, wheel)
+    return folder, {**os.environ, 'PYTHONPATH': str(folder)}
+
+
+def test_wheel_holds_package_configs_and_tools(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if '.dist-info/' not in name}
+        (info,) = {name.split('/')[0] for name in archive.namelist()} - {'visionseq_mm'}
+        top_level = archive.read(f'{info}/top_level.txt').decode()
+        entry_points = archive.read(f'{info}/entry_points.txt').decode()
+    sources = {
+        f'{target}{path.relative_to(ROOT)}'
+        for folder, target in (
+            ('visionseq_mm', ''),
+            ('configs', 'visionseq_mm/.mim/'),
+            ('tools', 'visionseq_mm/.mim/'),
+        )
+        for path in (ROOT / folder).rglob('*')
+        if path.is_file() and not {'.mim', '__pycache__'} & set(path.parts)
+    }
+    assert names == sources | {'visionseq_mm/.mim/model-index.yml'}
+    assert top_level.split() == ['visionseq_mm']
+    assert entry_points.split('\n')[:2] == ['[torch.backends]', ENTRY_POINT]
+
+
+def test_model_index_lists_all_metafiles():
+    listed = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
+    there = [path.relative_to(ROOT).as_posix() for path in ROOT.glob('configs/*/metafile.yml')]
+    assert sorted(listed) == sorted(there)
+
+
+def test_wheel_serves_torch_and_mim(installed, tmp_path):
+    """`import torch` alone readies mmcv's ops for mmdet.apis, from any working folder."""
+    folder, environment = installed
+    code = """if True:
+        import json, sys
+        import torch
+        loaded = sys.modules['visionseq_mm.compat.autoload'].__file__
+        from mmdet.apis import DetInferencer
+        import visionseq_mm.registry
+        from mim.utils import get_installed_path
+        found = loaded, visionseq_mm.registry.__file__, get_installed_path('visionseq_mm')
+        print(json.dumps(found))
+    """
+    output = call(sys.executable, '-c', code, cwd=tmp_path, env=environment)
+    files = json.loads(output.splitlines()[-1])
+    package = folder / 'visionseq_mm'
+    assert files == [
+        str(package / 'compat/autoload.py'),
+        str(package / 'registry.py'),
+        str(package),
+    ]
+
+
+def test_mim_finds_our_train_script(installed, tmp_path):
+    """It gets as far as reading the config; tests/test_tools goes on from there."""
+    _, environment = installed
+    (tmp_path / 'config.py').write_text('work_dir = "x"\n')
+    done = subprocess.run(
+        [sys.executable, '-m', 'mim', 'train', 'visionseq_mm', 'config.py'],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode != 0
+    assert 'config.py has no default_scope' in done.stderr
+
+
+def test_editable_install_links_into_the_checkout():
+    for distribution in distributions(name='visionseq_mm'):
+        origin = json.loads(distribution.read_text('direct_url.json') or '{}')
+        if origin.get('dir_info', {}).get('editable') and origin['url'] == ROOT.as_uri():
+            break
+    else:
+        pytest.skip('this checkout is not installed with -e')
+    (entry_point,) = distribution.entry_points.select(group='torch.backends')
+    assert f'{entry_point.name} = {entry_point.value}' == ENTRY_POINT
+    links = {path.name: path.resolve() for path in MIM.iterdir()}
+    assert links == {name: ROOT / name for name in ('configs', 'tools', 'model-index.yml')}

@@ -1,0 +1,273 @@
+"""What the three backbones share.
+
+``SequenceBackbone``: arguments, frozen parts, recomputation, outputs and the
+loading of checkpoints. ``PlainBackbone``: the stem of Vim and ViL, which cut
+the image into 16x16 patches and keep one resolution throughout.
+
+Shapes: B batch, C channels of a map, D embedding, L tokens = h * w, and
+``hw = (h, w)``, the token grid, which travels with every sequence.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from visionseq_mm.checkpoints import adapt, rename, select_weights
+from visionseq_mm.layers import build_map_norm, resize_grid
+
+
+class SequenceBackbone(BaseModule):
+    """Base of Vim, ViL and SecViT.
+
+    A subclass sets ``arch_zoo`` and ``official_names``, builds its layers,
+    calls :meth:`finish_init` and defines :meth:`parts`.
+
+    Args:
+        out_type (str): 'featmap' or 'cls'.
+        frozen_stages (int): -1 freezes nothing, 0 the stem, k the first k
+            blocks (pairs, stages) too.
+        with_cp (bool): Recompute each block's activations in the backward
+            pass instead of keeping them.
+        min_matched (float): Share of the backbone's tensors that a checkpoint
+            must bring, and of the checkpoint's that must have a place here.
+        init_cfg (dict, optional): See mmengine's BaseModule.
+    """
+
+    #: {name: settings}, what ``arch`` may name.
+    arch_zoo = {}
+    #: Table from ``visionseq_mm.checkpoints``: official names -> ours.
+    official_names = ()
+
+    def __init__(self, out_type, frozen_stages, with_cp, min_matched, init_cfg):
+        super().__init__(init_cfg)
+        if out_type not in ('featmap', 'cls'):
+            raise ValueError(f"out_type must be 'featmap' or 'cls', got {out_type!r}")
+        if not 0 <= min_matched <= 1:
+            raise ValueError(f'min_matched is a share between 0 and 1, got {min_matched}')
+        self.out_type = out_type
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+        self.min_matched = min_matched
+
+    def resolve_arch(self, arch, keys):
+        """Settings of ``arch``, a name of ``arch_zoo`` or a dict with ``keys``.
+
+        Raises:
+            ValueError: For an unknown name, or a dict with other keys.
+        """
+        if isinstance(arch, str):
+            if arch not in self.arch_zoo:
+                raise ValueError(
+                    f'{type(self).__name__} has no arch {arch!r}; choose one of '
+                    f'{", ".join(self.arch_zoo)}, or give a dict with {", ".join(keys)}'
+                )
+            return dict(self.arch_zoo[arch])
+        if set(arch) != set(keys):
+            raise ValueError(
+                f'the arch dict of {type(self).__name__} needs the keys {", ".join(keys)}, '
+                f'got {", ".join(map(str, arch)) or "none"}'
+            )
+        return dict(arch)
+
+    def resolve_outputs(self, out_indices, depth, default, **dense_only):
+        """Validated, non-negative ``out_indices``; the last block for 'cls'.
+
+        Args:
+            out_indices (int | Sequence[int] | None): As given by the user.
+            depth (int): Number of blocks (pairs, stages) of the arch.
+            default (Sequence[int] | None): What None stands for; None itself
+                where the depth is too small for the rule.
+            dense_only: Other arguments that only 'featmap' has a use for.
+
+        Raises:
+            ValueError: For indices out of range, unsorted or repeated, and
+                for dense arguments given with ``out_type='cls'``.
+        """
+        if self.out_type == 'cls':
+            given = [k for k, v in dict(out_indices=out_indices, **dense_only).items() if v]
+            if given or out_indices is not None:
+                raise ValueError(
+                    f"out_type='cls' returns one pooled vector, so {', '.join(given)} has no "
+                    "effect with it: leave it out, or use out_type='featmap'"
+                )
+            return (depth - 1,)
+        if out_indices is None:
+            if default is None:
+                raise ValueError(
+                    f'out_indices must be given for a depth below 4, got a depth of {depth}'
+                )
+            return tuple(default)
+        indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        wrapped = tuple(i + depth if i < 0 else i for i in indices)
+        if not wrapped or any(not 0 <= i < depth for i in wrapped):
+            raise ValueError(
+                f'out_indices must lie between {-depth} and {depth - 1}, got {indices}'
+            )
+        if list(wrapped) != sorted(set(wrapped)):
+            raise ValueError(f'out_indices must be increasing and distinct, got {indices}')
+        return wrapped
+
+    def finish_init(self, out_norm, widths):
+        """Build the output norms and freeze; the last call of a constructor.
+
+        Args:
+            out_norm (dict | None): Norm config for (B, C, H, W) maps.
+            widths (Sequence[int]): Channels of each output.
+        """
+        if out_norm is not None:
+            self.out_norms = nn.ModuleList(build_map_norm(out_norm, c) for c in widths)
+        last = len(self.parts()) - 1
+        if not -1 <= self.frozen_stages <= last:
+            raise ValueError(
+                f'frozen_stages must lie between -1 and {last} (the number of blocks or stages '
+                f'that are built), got {self.frozen_stages}'
+            )
+        for tensor in self.frozen_tensors():
+            tensor.requires_grad_(False)
+
+    def parts(self):
+        """[stem, block 1, block 2, ...]; each a list of modules and parameters."""
+        raise NotImplementedError
+
+    def frozen_tensors(self):
+        for part in self.parts()[: self.frozen_stages + 1]:
+            for item in part:
+                yield from item.parameters() if isinstance(item, nn.Module) else (item,)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for part in self.parts()[: self.frozen_stages + 1]:
+            for item in part:
+                if isinstance(item, nn.Module):
+                    item.eval()
+        return self
+
+    def run(self, block, *inputs):
+        """``block(*inputs)``, recomputed in the backward pass with ``with_cp``.
+
+        The reentrant form would return no gradient at all behind a frozen stem.
+        """
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def normalize_outputs(self, maps):
+        """Tuple of ``maps``, through ``out_norm`` where there is one."""
+        if hasattr(self, 'out_norms'):
+            maps = [norm(m) for norm, m in zip(self.out_norms, maps, strict=True)]
+        return tuple(maps)
+
+    @staticmethod
+    def check_image(image, min_size=1):
+        """Raise a ValueError unless ``image`` is (B, 3, H, W) of at least ``min_size`` pixels."""
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f'expected images of shape (B, 3, H, W), got {tuple(image.shape)}')
+        if min(image.shape[2:]) < min_size:
+            raise ValueError(
+                f'images must be at least {min_size}x{min_size} pixels, '
+                f'got {image.shape[2]}x{image.shape[3]}'
+            )
+
+    # ------------------------------------------------------------ checkpoints
+
+    def prefer_ema(self):
+        """Whether the published accuracy is that of a file's ``model_ema``."""
+        return False
+
+    def convert_tensors(self, tensors):
+        """Hook for what a change of name cannot express; {our name: tensor} in and out."""
+        return tensors
+
+    def is_left_out(self, name):
+        """Whether ``name`` is part of this arch that this instance does not build."""
+        return False
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # torch's and mmengine's loaders both come here with a dict of their own, so that names
+        # can be changed in place before the children read theirs.
+        names = [k for k in state_dict if k.startswith(prefix)]
+        found = {k[len(prefix) :]: state_dict.pop(k) for k in names}
+        found = select_weights(found, self.prefer_ema())
+        adapted = adapt(self, rename(found, self.official_names), prefix)
+        state_dict.update({prefix + k: v for k, v in adapted.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class PatchEmbed(nn.Module):
+    """16x16 patches as tokens: (B, 3, H, W) -> (B, h, w, D).
+
+    The image is padded with zeros right and bottom, only as far as the last
+    patch needs: h = ceil((H - 16) / stride) + 1, columns likewise.
+    """
+
+    size = 16
+
+    def __init__(self, embed_dims, stride):
+        super().__init__()
+        self.stride = stride
+        self.proj = nn.Conv2d(3, embed_dims, self.size, stride)
+
+    def grid(self, height, width):
+        """Token grid (h, w) of an image."""
+        return tuple(math.ceil((n - self.size) / self.stride) + 1 for n in (height, width))
+
+    def forward(self, image):
+        height, width = image.shape[2:]
+        h, w = self.grid(height, width)
+        bottom = (h - 1) * self.stride + self.size - height
+        right = (w - 1) * self.stride + self.size - width
+        # A stride above 16 does not exist, so neither is ever negative.
+        return self.proj(F.pad(image, (0, right, 0, bottom))).permute(0, 2, 3, 1)
+
+
+class PlainBackbone(SequenceBackbone):
+    """Base of Vim and ViL: one patch embedding, one position table, equal blocks."""
+
+    def build_stem(self, embed_dims, stride, table_stride, img_size):
+        """Patch embedding, and the position table of an image of ``img_size``.
+
+        Args:
+            table_stride (int): Stride whose token grid the table has.
+            img_size (int | tuple[int, int]): Pixels, (h, w).
+        """
+        if stride not in (8, 16):
+            raise ValueError(f'stride must be 16 or 8, got {stride}')
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if min(height, width) < PatchEmbed.size:
+            raise ValueError(f'img_size must be at least {PatchEmbed.size}, got {img_size}')
+        self.patch_embed = PatchEmbed(embed_dims, stride)
+        grid = [math.ceil((n - PatchEmbed.size) / table_stride) + 1 for n in (height, width)]
+        self.pos_embed = nn.Parameter(torch.empty(1, *grid, embed_dims))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def embed(self, image):
+        """Tokens with their positions: (B, 3, H, W) -> (B, h, w, D)."""
+        self.check_image(image, PatchEmbed.size)
+        tokens = self.patch_embed(image)
+        return tokens + resize_grid(self.pos_embed, tokens.shape[1:3])
+
+    def to_map(self, tokens, hw):
+        """(B, L, D) -> (B, D, h, w)."""
+        return tokens.transpose(1, 2).unflatten(2, hw)
+
+    def default_out_indices(self, depth):
+        """Ends of the four quarters, or None where there are none."""
+        return [k * depth // 4 - 1 for k in (1, 2, 3, 4)] if depth >= 4 else None
+
+    def convert_tensors(self, tensors):
+        """Resize a position table (1, h, w, D) of another grid."""
+        table = tensors.get('pos_embed')
+        if table is not None and table.ndim == 4:
+            dtype = torch.promote_types(table.dtype, self.pos_embed.dtype)
+            tensors['pos_embed'] = resize_grid(table.to(dtype), self.pos_embed.shape[1:3])
+        return tensors
+
+    def is_left_out(self, name):
+        index = name.split('.')[1] if name.startswith('blocks.') else ''
+        if index.isdigit():
+            return len(self.blocks) <= int(index) < self.depth
+        return self.out_type == 'featmap' and name.startswith(self.cls_only)

@@ -1,0 +1,326 @@
+"""SecViT: Semantic Equitable Clustering (Fan et al., 2024, arXiv 2405.13337).
+
+A four-stage pyramid. Attention runs within clusters of equal size, made anew
+in each block and head by sorting the tokens by the cosine between their key
+and the mean key:
+
+    x <- x + CPE(x);   x <- x + Attention(LN(x));   x <- x + FFN(LN(x))
+
+Shapes: B batch, C channels of the stage, (h, w) its grid, L = h * w tokens,
+H heads of Dh = C / H channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from visionseq_mm import checkpoints
+from visionseq_mm.backbones.base import SequenceBackbone
+from visionseq_mm.layers import LN2d
+from visionseq_mm.ops import cluster_attention
+from visionseq_mm.registry import MODELS
+
+
+def rope_angles(hw, head_dims, device, dtype):
+    """Angles of the two-dimensional rotary embedding, (h * w, Dh / 2).
+
+    The first half turns with the row, the second with the column; frequencies
+    10000^-t, t in [0, 1] inclusive, rounded to float32 like the official
+    buffer; positions are plain token coordinates at every resolution.
+    """
+    h, w = hw
+    steps = torch.linspace(0, 1, head_dims // 4, device=device, dtype=torch.float32)
+    frequency = (1 / 10000**steps).to(dtype)
+    rows = torch.arange(h, device=device, dtype=dtype)[:, None] * frequency
+    columns = torch.arange(w, device=device, dtype=dtype)[:, None] * frequency
+    rows, columns = rows[:, None].expand(h, w, -1), columns[None].expand(h, w, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+def rotate(x, sin, cos):
+    """Turn each pair of channels (2i, 2i + 1) of x (B, L, H, Dh); sin, cos (L, 1, Dh / 2)."""
+    even, odd = x[..., ::2], x[..., 1::2]
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+class ClusterAttention(nn.Module):
+    """Attention within clusters, plus a 5x5 depth-wise convolution of the values.
+
+    (B, C, h, w) -> (B, C, h, w).
+    """
+
+    def __init__(self, embed_dims, num_heads, num_clusters):
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_clusters = num_clusters
+        self.qkv = nn.Conv2d(embed_dims, 3 * embed_dims, 1)
+        self.lepe = nn.Conv2d(embed_dims, embed_dims, 5, padding=2, groups=embed_dims)
+        self.out_proj = nn.Conv2d(embed_dims, embed_dims, 1)
+
+    def forward(self, x, sin, cos):
+        hw = x.shape[2:]
+        qkv = self.qkv(x)
+        lepe = self.lepe(qkv.chunk(3, dim=1)[2])
+        q, k, v = qkv.flatten(2).transpose(1, 2).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        q, k = rotate(q, sin, cos), rotate(k, sin, cos)
+        out = cluster_attention(q, k, v, min(self.num_clusters, q.shape[1]))
+        return self.out_proj(out.flatten(2).transpose(1, 2).unflatten(2, hw) + lepe)
+
+
+class FFN(nn.Module):
+    """1x1 convolution to 3 C, GELU, residual 3x3 depth-wise convolution, 1x1 back."""
+
+    def __init__(self, embed_dims):
+        super().__init__()
+        inner = 3 * embed_dims
+        self.fc1 = nn.Conv2d(embed_dims, inner, 1)
+        self.dwconv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.fc2 = nn.Conv2d(inner, embed_dims, 1)
+
+    def forward(self, x):
+        x = F.gelu(self.fc1(x))
+        return self.fc2(x + self.dwconv(x))
+
+
+class SecViTBlock(nn.Module):
+    """Position convolution, cluster attention and FFN: (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, embed_dims, num_heads, num_clusters, drop_path_rate, layer_scale):
+        super().__init__()
+        self.pos = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
+        self.norm1 = LN2d(embed_dims, eps=1e-6)
+        self.attn = ClusterAttention(embed_dims, num_heads, num_clusters)
+        self.norm2 = LN2d(embed_dims, eps=1e-6)
+        self.ffn = FFN(embed_dims)
+        self.drop_path = DropPath(drop_path_rate)
+        self.layer_scale = layer_scale
+        if layer_scale:
+            self.gamma_1, self.gamma_2 = (
+                nn.Parameter(torch.full((1, embed_dims, 1, 1), 1e-6)) for _ in range(2)
+            )
+
+    def forward(self, x, sin, cos):
+        x = x + self.pos(x)
+        attended = self.attn(self.norm1(x), sin, cos)
+        x = x + self.drop_path(self.gamma_1 * attended if self.layer_scale else attended)
+        mixed = self.ffn(self.norm2(x))
+        return x + self.drop_path(self.gamma_2 * mixed if self.layer_scale else mixed)
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2 and BN: (B, C, h, w) -> (B, C', ceil(h / 2), ceil(w / 2))."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.reduction = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x):
+        return self.norm(self.reduction(x))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, and the step down to the next where there is one."""
+
+    def __init__(self, embed_dims, num_heads, num_clusters, rates, layer_scale, next_dims):
+        super().__init__()
+        self.head_dims = embed_dims // num_heads
+        self.blocks = nn.ModuleList(
+            SecViTBlock(embed_dims, num_heads, num_clusters, rate, layer_scale) for rate in rates
+        )
+        self.downsample = Downsample(embed_dims, next_dims) if next_dims else None
+
+    def forward(self, x, run):
+        """(B, C, h, w) -> the same after the blocks; ``run`` calls a block."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        angles = rope_angles(x.shape[2:], self.head_dims, x.device, dtype)[:, None]
+        sin, cos = angles.sin(), angles.cos()
+        for block in self.blocks:
+            x = run(block, x, sin, cos)
+        return x
+
+
+class Stem(nn.Module):
+    """Four 3x3 convolutions with BN, two of stride 2: (B, 3, H, W) -> (B, C, ceil(H / 4), ...)."""
+
+    def __init__(self, embed_dims):
+        super().__init__()
+        half = embed_dims // 2
+        layers = []
+        for c_in, c_out, stride in (
+            (3, half, 2),
+            (half, half, 1),
+            (half, half, 1),
+            (half, embed_dims, 2),
+        ):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1), nn.BatchNorm2d(c_out), nn.GELU()]
+        self.proj = nn.Sequential(*layers[:-1])  # no activation at the end
+
+    def forward(self, image):
+        return self.proj(image)
+
+
+@MODELS.register_module()
+class SecViT(SequenceBackbone):
+    """SecViT.
+
+    Args:
+        arch (str | dict): 'tiny', 'small', 'base' or 'large', or a dict with
+            ``embed_dims``, ``depths``, ``num_heads`` and ``layer_scale``, four
+            each; ``layer_scale`` says which stages have one.
+        num_clusters (Sequence[int]): Clusters of each stage's attention; 1 is
+            full attention. A stage with fewer tokens uses as many as it has.
+        norm_eval (bool): Keep the BN statistics fixed in training.
+        out_indices (int | Sequence[int] | None): Stages to return, from the
+            end of the stage, before its downsampling. None: all four.
+        out_type (str): 'featmap', a tuple of (B, C, h, w) maps of strides 4,
+            8, 16 and 32, or 'cls', a 1-tuple of the vector (B, 1024) that a
+            linear head multiplies.
+        out_norm (dict | None): Norm config for the maps, one layer each, e.g.
+            ``dict(type='visionseq_mm.LN2d', eps=1e-6)``.
+        drop_path_rate (float): Last value of a linear ramp over the blocks.
+        frozen_stages (int): -1 nothing, 0 the stem, k the first k stages too,
+            each with its downsampling.
+        with_cp (bool): Recompute each block in the backward pass.
+        min_matched (float): See :class:`SequenceBackbone`.
+        init_cfg (dict | None): e.g. ``dict(type='Pretrained',
+            checkpoint='SecViT-S.pth')``.
+
+    Shape:
+        (B, 3, H, W) -> (B, C, ceil(H / 4), ceil(W / 4)), then halved with
+        ceil from stage to stage. Nothing is padded.
+
+    Raises:
+        ValueError: For unknown names and ill-sized settings, or images
+            without 3 channels.
+    """
+
+    arch_zoo = {
+        'tiny': dict(
+            embed_dims=(64, 128, 256, 512),
+            depths=(2, 2, 9, 2),
+            num_heads=(2, 4, 8, 16),
+            layer_scale=(False, False, False, False),
+        ),
+        'small': dict(
+            embed_dims=(64, 128, 256, 512),
+            depths=(3, 4, 18, 4),
+            num_heads=(2, 4, 8, 16),
+            layer_scale=(False, False, False, False),
+        ),
+        'base': dict(
+            embed_dims=(80, 160, 320, 512),
+            depths=(4, 8, 26, 8),
+            num_heads=(5, 5, 10, 16),
+            layer_scale=(False, False, True, True),
+        ),
+        'large': dict(
+            embed_dims=(112, 224, 448, 640),
+            depths=(4, 8, 26, 8),
+            num_heads=(7, 7, 14, 20),
+            layer_scale=(False, False, True, True),
+        ),
+    }
+    official_names = checkpoints.SECVIT
+    num_features = 1024  # width of the 'cls' vector
+
+    def __init__(
+        self,
+        arch='tiny',
+        num_clusters=(32, 8, 2, 1),
+        norm_eval=False,
+        out_indices=None,
+        out_type='featmap',
+        out_norm=None,
+        drop_path_rate=0.0,
+        frozen_stages=-1,
+        with_cp=False,
+        min_matched=0.95,
+        init_cfg=None,
+    ):
+        super().__init__(out_type, frozen_stages, with_cp, min_matched, init_cfg)
+        self.arch = arch
+        settings = self.resolve_arch(arch, ('embed_dims', 'depths', 'num_heads', 'layer_scale'))
+        settings['num_clusters'] = num_clusters
+        for key, values in settings.items():
+            if len(values) != 4:
+                raise ValueError(f'{key} needs four values, one for each stage, got {values}')
+        self.embed_dims = tuple(settings['embed_dims'])
+        self.depths = tuple(settings['depths'])
+        for dims, heads in zip(self.embed_dims, settings['num_heads'], strict=True):
+            if dims % heads or (dims // heads) % 4:
+                raise ValueError(
+                    'embed_dims / num_heads must be a multiple of 4 for the rotary embedding, '
+                    f'got {dims} / {heads}'
+                )
+        if min(num_clusters) < 1:
+            raise ValueError(
+                f'num_clusters must be at least 1 (1: full attention), got {tuple(num_clusters)}'
+            )
+        self.norm_eval = norm_eval
+        self.out_indices = self.resolve_outputs(out_indices, 4, range(4), out_norm=out_norm)
+
+        self.patch_embed = Stem(self.embed_dims[0])
+        rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths)).tolist())
+        last = self.out_indices[-1]
+        self.stages = nn.ModuleList(
+            Stage(
+                self.embed_dims[i],
+                settings['num_heads'][i],
+                num_clusters[i],
+                [next(rates) for _ in range(self.depths[i])],
+                settings['layer_scale'][i],
+                next_dims=self.embed_dims[i + 1] if i < last else None,
+            )
+            for i in range(last + 1)
+        )
+        if out_type == 'cls':
+            self.proj = nn.Conv2d(self.embed_dims[3], self.num_features, 1)
+            self.final_norm = nn.BatchNorm2d(self.num_features)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+        self.finish_init(out_norm, [self.embed_dims[i] for i in self.out_indices])
+
+    def parts(self):
+        return [[self.patch_embed], *([stage] for stage in self.stages)]
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.norm_eval:
+            for m in self.modules():
+                if isinstance(m, _BatchNorm):
+                    m.eval()
+        return self
+
+    def forward(self, image):
+        self.check_image(image)
+        x = self.patch_embed(image)
+        maps = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x, self.run)
+            if i in self.out_indices:
+                maps.append(x)
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        if self.out_type == 'cls':
+            return (F.silu(self.final_norm(self.proj(x))).mean((2, 3)),)
+        return self.normalize_outputs(maps)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def prefer_ema(self):
+        return self.arch in ('small', 'base', 'large')
+
+    def is_left_out(self, name):
+        match name.split('.'):
+            case ['stages', stage, 'blocks', block, *_]:
+                return len(self.stages) <= int(stage) < 4 and int(block) < self.depths[int(stage)]
+            case ['stages', stage, 'downsample', *_]:
+                return len(self.stages) - 1 <= int(stage) < 3
+            case [first, *_]:
+                return self.out_type == 'featmap' and first in ('proj', 'final_norm')

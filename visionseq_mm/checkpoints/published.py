@@ -1,0 +1,153 @@
+"""The published ImageNet-1k checkpoints, and ``visionseq://NAME`` to load one.
+
+Nothing here was downloaded by this project: addresses, accuracies and which
+weights they belong to are those of the official repositories' READMEs, code
+and training logs.
+"""
+
+from dataclasses import dataclass, replace
+
+from mmengine.runner import CheckpointLoader
+
+SCHEME = 'visionseq://'
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published file.
+
+    Attributes:
+        backbone: Arguments that build the backbone it belongs to.
+        file: The file's name where it was published.
+        url: Address, or None where only a person can fetch it.
+        source: Page that describes it.
+        weights: Key whose accuracy was published: 'model', 'model_ema' or
+            'state_dict'; None where the sources do not say.
+        top1: Published ImageNet top-1 accuracy in percent.
+        licence: Licence of the repository.
+        note: What could not be checked, or is odd.
+    """
+
+    backbone: dict
+    file: str
+    url: str | None
+    source: str
+    weights: str | None
+    top1: float
+    licence: str
+    note: str = ''
+
+
+def _vim(arch, stride, repository, file, top1, note=''):
+    hub = 'https://huggingface.co/hustvl'
+    return Published(
+        backbone=dict(type='visionseq_mm.Vim', arch=arch, stride=stride),
+        file=file,
+        url=f'{hub}/{repository}/resolve/main/{file}',
+        source='https://github.com/hustvl/Vim',
+        weights=None,
+        top1=top1,
+        licence='Apache-2.0',
+        note=note
+        or 'The README evaluates model_ema by default; whether the file still holds it was not '
+        'checked. Where it holds both, model is taken.',
+    )
+
+
+def _vil(version, arch, file, top1, stride=16, note=''):
+    return Published(
+        backbone=dict(type='visionseq_mm.ViL', version=version, arch=arch, stride=stride),
+        file=file,
+        url=f'https://ml.jku.at/research/vision_lstm/download/{file}',
+        source='https://github.com/NX-AI/vision-lstm',
+        weights='state_dict',
+        top1=top1,
+        licence='Apache-2.0',
+        note=note,
+    )
+
+
+def _secvit(arch, file, weights, top1):
+    return Published(
+        backbone=dict(type='visionseq_mm.SecViT', arch=arch),
+        file=file,
+        url=None,
+        source='https://github.com/qhfan/SecViT',
+        weights=weights,
+        top1=top1,
+        licence='MIT',
+        note='It lies on a share (Baidu Pan) that asks for a password: follow the link in the '
+        "README's table of models and download it in a browser. Which of model and model_ema "
+        'gave the accuracy is from the training logs; the file was not checked.',
+    )
+
+
+PUBLISHED = {
+    'vim-tiny': _vim('tiny', 16, 'Vim-tiny-midclstok', 'vim_t_midclstok_76p1acc.pth', 76.1),
+    'vim-tiny-stride8': _vim(
+        'tiny', 8, 'Vim-tiny-midclstok', 'vim_t_midclstok_ft_78p3acc.pth', 78.3
+    ),
+    'vim-small': _vim('small', 16, 'Vim-small-midclstok', 'vim_s_midclstok_80p5acc.pth', 80.5),
+    'vim-small-stride8': _vim(
+        'small', 8, 'Vim-small-midclstok', 'vim_s_midclstok_ft_81p6acc.pth', 81.6
+    ),
+    'vim-base': _vim('base', 16, 'Vim-base-midclstok', 'vim_b_midclstok_81p9acc.pth', 81.9),
+    'vil2-tiny': _vil(2, 'tiny', 'vil2_tiny16_e800_in1k.th', 78.3),
+    'vil2-tiny-e400': _vil(2, 'tiny', 'vil2_tiny16_e400_in1k.th', 77.2),
+    'vil2-small': _vil(2, 'small', 'vil2_small16_e400_in1k.th', 81.5),
+    'vil2-base': _vil(2, 'base', 'vil2_base16_e400_in1k.th', 82.4),
+    'vil-tiny': _vil(1, 'tiny', 'vil_tiny16_e800_in1k.th', 77.3),
+    'vil-tiny-e400': _vil(1, 'tiny', 'vil_tiny16_e400_in1k.th', 76.1),
+    'vil-tinyplus': _vil(1, 'tinyplus', 'vil_tinyplus16_e800_in1k.th', 78.1),
+    'vil-tinyplus-e400': _vil(1, 'tinyplus', 'vil_tinyplus16_e400_in1k.th', 77.2),
+    'vil-tinyplus-stride8': replace(
+        _vil(1, 'tinyplus', 'the stride-8 file of ViL-T+', 80.0, stride=8),
+        url=None,
+        note='Its address is not published: the official hub entry of this name points to the '
+        'stride-16 file. Ask its authors.',
+    ),
+    'vil-small': _vil(1, 'small', 'vil_small16_e400_in1k.th', 80.7),
+    'vil-smallplus': _vil(1, 'smallplus', 'vil_smallplus16_e400_in1k.th', 80.9),
+    'vil-smallplus-stride8': _vil(
+        1, 'smallplus', 'vil_smallplus16_e400_in1k_stride8.th', 82.2, stride=8
+    ),
+    'vil-base': _vil(1, 'base', 'vil_base16_e400_in1k.th', 81.6),
+    'vil-base-stride8': _vil(1, 'base', 'vil_base16_e400_in1k_stride8.th', 82.7, stride=8),
+    'secvit-tiny': _secvit('tiny', 'SecViT-T', 'model', 82.6),
+    'secvit-small': _secvit('small', 'SecViT-S', 'model_ema', 84.2),
+    'secvit-base': _secvit('base', 'SecViT-B', 'model_ema', 85.0),
+    'secvit-large': _secvit('large', 'SecViT-L', 'model_ema', 85.6),
+}
+
+
+def published(name):
+    """The entry ``name``, with or without 'visionseq://'.
+
+    Raises:
+        ValueError: For an unknown name; lists those there are.
+    """
+    name = name.removeprefix(SCHEME)
+    if name not in PUBLISHED:
+        raise ValueError(
+            f'no published checkpoint is named {name!r}; there are {", ".join(PUBLISHED)}'
+        )
+    return PUBLISHED[name]
+
+
+@CheckpointLoader.register_scheme(prefixes=SCHEME, force=True)
+def fetch(filename, map_location=None, logger='current'):
+    """Load ``visionseq://NAME``: mmengine's loader of the scheme.
+
+    Raises:
+        ValueError: For an unknown name.
+        FileNotFoundError: For a file that cannot be downloaded by a program;
+            says where it is and how to use it.
+    """
+    entry = published(filename)
+    if entry.url is None:
+        raise FileNotFoundError(
+            f'{filename} ({entry.file}, {entry.source}) cannot be downloaded by a program. '
+            f'{entry.note} Then give its path instead: '
+            "init_cfg=dict(type='Pretrained', checkpoint='/path/to/the/file')."
+        )
+    return CheckpointLoader.load_checkpoint(entry.url, map_location, logger)

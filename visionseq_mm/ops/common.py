@@ -1,0 +1,85 @@
+"""What the ops share: input checks, the accumulator's type, and walking a sequence in chunks."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def check_inputs(op: str, **inputs: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Checks tensors against shapes given in letters, as in `u=(u, 'B L D')`.
+
+    A letter stands for the same size everywhere. Absent (None) tensors pass.
+
+    Returns:
+        The size of each letter.
+
+    Raises:
+        ValueError: a shape, a type other than floating point, or a second device.
+    """
+    sizes: dict[str, int] = {}
+    device = None
+    for name, (x, letters) in inputs.items():
+        if x is None:
+            continue
+        dims = letters.split()
+        want = f'({", ".join(dims)})'
+        if x.dim() != len(dims):
+            raise ValueError(f'{op}: {name} must be {want}, got shape {tuple(x.shape)}')
+        for dim, size in zip(dims, x.shape, strict=True):
+            if sizes.setdefault(dim, size) != size:
+                expected = tuple(sizes.get(d, d) for d in dims)
+                raise ValueError(
+                    f'{op}: {name} must be {want} = {expected}, got shape {tuple(x.shape)}'
+                )
+            if size == 0 and dim != 'B':
+                raise ValueError(f'{op}: {name} is empty along {dim}, shape {tuple(x.shape)}')
+        if not x.is_floating_point():
+            raise ValueError(f'{op}: {name} must have a floating point dtype, got {x.dtype}')
+        device = device or x.device
+        if x.device != device:
+            raise ValueError(f'{op}: {name} is on {x.device}, the other inputs on {device}')
+    return sizes
+
+
+def widest_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The accumulator's type: float32, or the widest input's where that is wider."""
+    dtype = torch.float32
+    for x in tensors:
+        if x is not None:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+class Chunks:
+    """A sequence along dim 1, cut into chunks of `size` tokens in the order of the scan.
+
+    With `reverse` the first chunk is the end of the sequence, and so within a chunk.
+    """
+
+    def __init__(self, length: int, size: int, reverse: bool, dtype: torch.dtype):
+        self.length = length
+        self.size = size
+        self.reverse = reverse
+        self.dtype = dtype
+
+    def __len__(self) -> int:
+        return -(-self.length // self.size)
+
+    def __iter__(self) -> Iterator[slice]:
+        for start in range(0, self.length, self.size):
+            stop = min(start + self.size, self.length)
+            yield (
+                slice(self.length - stop, self.length - start)
+                if self.reverse
+                else slice(start, stop)
+            )
+
+    def read(self, x: Tensor, chunk: slice) -> Tensor:
+        """(B, T, …) of `x`, in the order of the scan and the accumulator's type."""
+        x = x[:, chunk].to(self.dtype)
+        return x.flip(1) if self.reverse else x
+
+    def write(self, x: Tensor, chunk: slice, value: Tensor) -> None:
+        """Puts `value` (B, T, …) where `read` would take it from."""
+        x[:, chunk] = value.flip(1) if self.reverse else value

@@ -1,0 +1,118 @@
+"""The mLSTM cell of xLSTM and Vision-LSTM: one direction over a sequence.
+
+B batch, S tokens, H heads, Dh channels of a head.
+"""
+
+import torch
+from torch import Tensor
+
+from ..common import check_inputs, widest_dtype
+from ..dispatch import Backends
+from . import reference
+
+BACKENDS = Backends('mlstm', reference=reference)
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    reverse: bool = False,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal linear attention with exponential input gates and forget gates (arXiv 2405.04517).
+
+        F_t = Σ_{s≤t} logσ(f_s)     D_ts = F_t − F_s + i_s  for s ≤ t     m_t = max_s D_ts
+        C_ts = exp(D_ts − m_t) q_t·k_s / √Dh
+        h_t = Σ_s C_ts v_s / (max(|Σ_s C_ts|, exp(−m_t)) + eps)
+
+    Linear in S in time and memory. Sums are float32, or the widest input's type where that is
+    wider; dtypes may be mixed.
+
+    Args:
+        q, k, v: (B, S, H, Dh), not scaled.
+        i, f: (B, S, H), input and forget gates before exponential and sigmoid.
+        reverse: from the last token to the first, as `flip(mlstm(flip(…)))` along the tokens.
+        eps: added to the normaliser.
+        backend: 'auto' or the name of an implementation; None is the environment's
+            `VISIONSEQ_BACKEND`, else 'auto'.
+
+    Returns:
+        (B, S, H, Dh), in v's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, an empty sequence, a dtype that is not floating
+            point, inputs on several devices, an unknown backend.
+    """
+    check_inputs(
+        'mlstm',
+        q=(q, 'B S H Dh'),
+        k=(k, 'B S H Dh'),
+        v=(v, 'B S H Dh'),
+        i=(i, 'B S H'),
+        f=(f, 'B S H'),
+    )
+    return _forward(q, k, v, i, f, reverse, eps, BACKENDS.select(backend))[0]
+
+
+@torch.library.custom_op('visionseq_mm::mlstm', mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    reverse: bool,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """h, and the sums of the rows of C (B·H, S) in the order of the scan."""
+    with torch.autocast(q.device.type, enabled=False):
+        return BACKENDS[backend].forward(q, k, v, i, f, reverse, eps)
+
+
+@_forward.register_fake
+def _(q, k, v, i, f, reverse, eps, backend):
+    B, S, H, _ = q.shape
+    sums = q.new_empty((B * H, S), dtype=widest_dtype(q, k, v, i, f))
+    return v.new_empty(v.shape), sums
+
+
+@torch.library.custom_op('visionseq_mm::mlstm_backward', mutates_args=())
+def _backward(
+    dh: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    h: Tensor,
+    sums: Tensor,
+    reverse: bool,
+    eps: float,
+    backend: str,
+) -> list[Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        return BACKENDS[backend].backward(dh, q, k, v, i, f, h, sums, reverse, eps)
+
+
+@_backward.register_fake
+def _(dh, q, k, v, i, f, h, sums, reverse, eps, backend):
+    return [x.new_empty(x.shape) for x in (q, k, v, i, f)]
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.reverse, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # the sums have no gradient
+
+
+def _differentiate(ctx, dh, _):
+    grads = _backward(dh, *ctx.saved_tensors, ctx.reverse, ctx.eps, ctx.backend)
+    return (*grads, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,34 @@
+"""Registries of the scope ``visionseq_mm``.
+
+mmengine imports ``<scope>.registry`` when it meets a scoped type, so that
+``type='visionseq_mm.Vim'`` resolves from mmdet, mmseg and mmpretrain alike,
+without a ``custom_imports`` of the modules themselves (``locations`` does it).
+
+Importing this module also puts the stand-in for mmcv's compiled operators and
+the safe checkpoint loaders in place (see ``visionseq_mm.compat``).
+"""
+
+import torch
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import Registry
+from mmengine.utils import digit_version
+
+# An ImportError would be swallowed by mmengine's scope look-up and end as "Vim is not in the
+# registry", so this is a RuntimeError.
+if digit_version(torch.__version__) < digit_version('2.6.0'):
+    raise RuntimeError(
+        f'visionseq_mm needs torch >= 2.6 (safe loading of checkpoints), got {torch.__version__}. '
+        'Install a newer torch, e.g. `pip install "torch>=2.6" torchvision`.'
+    )
+
+from visionseq_mm.compat import autoload, safe_load
+
+autoload.install()
+safe_load.install()
+
+MODELS = Registry(
+    'model',
+    parent=MMENGINE_MODELS,
+    scope='visionseq_mm',
+    locations=['visionseq_mm.backbones', 'visionseq_mm.necks', 'visionseq_mm.layers'],
+)
