@@ -35,11 +35,12 @@ def wheel(tmp_path_factory):
     tree.mkdir()
     for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'model-index.yml'):
         shutil.copy(ROOT / name, tree)
-    for name in ('visionseq_mm', 'configs', 'tools', 'tests'):
-        shutil.copytree(ROOT / name, tree / name, symlinks=True)
-    stale = tree / 'build' / 'lib' / 'visionseq_mm' / 'stale.py'
-    stale.parent.mkdir(parents=True)
-    stale.touch()
+    for name in ('visionseq_mm', 'configs', 'tools'):
+        ignore = shutil.ignore_patterns('__pycache__')
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignore)
+    for unwanted in ('tests/__init__.py', 'build/lib/visionseq_mm/stale.py'):
+        (tree / unwanted).parent.mkdir(parents=True)
+        (tree / unwanted).touch()
     pip('wheel', tree, '--no-deps', '--no-build-isolation', '--wheel-dir', tree / 'dist')
     (wheel,) = (tree / 'dist').glob('visionseq_mm-*.whl')
     return wheel

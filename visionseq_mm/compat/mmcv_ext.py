@@ -10,6 +10,7 @@ it is called.
 
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,25 +85,31 @@ def softnms(
 
     Fills the first K rows of ``dets`` (N, 5) with boxes and new scores; returns indices (K,).
     """
-    corners, scores = _widen(boxes, scores)
-    corners, scores = _closed(corners, offset), scores.clone()
-    kept = []
-    left = torch.arange(len(scores), device=scores.device)
+    # numpy, because thousands of small steps would start torch's threads every time.
+    corners, current = _widen(boxes.detach(), scores.detach())
+    x1, y1, x2, y2 = _closed(corners, offset).cpu().numpy().T
+    current = current.cpu().numpy().copy()
+    area = (x2 - x1) * (y2 - y1)
+    left, kept = np.arange(len(current)), []
     while len(left):
-        position = int(scores[left].argmax())
+        position = current[left].argmax()
         best = left[position]
-        dets[len(kept), :4] = boxes[best]
-        dets[len(kept), 4] = scores[best]
         kept.append(best)
-        left = torch.cat((left[:position], left[position + 1 :]))
-        # Two boxes without area have IoU 0 / 0.
-        iou = ops.box_iou(corners[best, None], corners[left])[0].nan_to_num(0)
+        left = np.delete(left, position)
+        width = np.minimum(x2[best], x2[left]) - np.maximum(x1[best], x1[left])
+        height = np.minimum(y2[best], y2[left]) - np.maximum(y1[best], y1[left])
+        shared = width.clip(min=0) * height.clip(min=0)
+        union = area[best] + area[left] - shared
+        iou = np.divide(shared, union, out=np.zeros_like(union), where=union > 0)
         if method == 2:
-            scores[left] *= torch.exp(-(iou**2) / sigma)
+            current[left] *= np.exp(-(iou**2) / sigma)
         else:
-            scores[left] *= torch.where(iou >= iou_threshold, (1 - iou) * method, 1)
-        left = left[scores[left] >= min_score]
-    return torch.stack(kept) if kept else left
+            current[left] *= np.where(iou >= iou_threshold, (1 - iou) * method, 1)
+        left = left[current[left] >= min_score]
+    kept = torch.tensor(kept, dtype=torch.long, device=boxes.device)
+    dets[: len(kept), :4] = boxes[kept]
+    dets[: len(kept), 4] = torch.from_numpy(current).to(dets)[kept.to(dets.device)]
+    return kept
 
 
 # --- RoI align -------------------------------------------------------------------------------

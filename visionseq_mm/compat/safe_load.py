@@ -69,7 +69,7 @@ def _damage(path: str, error: Exception) -> str | None:
         head = file.read(200)
     if head.startswith(b'PK') and not zipfile.is_zipfile(path):
         return f'it is a zip archive cut off after {size} bytes'
-    if not head.startswith((b'PK', b'\x80')):
+    if not re.match(rb'PK|\x80[\x02-\x05]', head):
         text = ' '.join(head.decode(errors='replace').split())
         if text.startswith('<'):
             return f'it is a web page of {size} bytes that begins {text[:80]!r}'
@@ -78,8 +78,10 @@ def _damage(path: str, error: Exception) -> str | None:
         return f'its {size} bytes are not in a format that torch.save writes'
     # RuntimeErrors are about devices or memory, unless they say otherwise.
     elsewhere = isinstance(error, pickle.UnpicklingError | RuntimeError | OSError | MemoryError)
-    if not elsewhere or re.search('PytorchStreamReader|unexpected EOF|magic number', str(error)):
-        return f'its {size} bytes are damaged or no checkpoint ({type(error).__name__}: {error})'
+    about_file = 'PytorchStreamReader|archive|unexpected EOF|magic number'
+    if not elsewhere or re.search(about_file, str(error)):
+        reason = f'{type(error).__name__}: {error}'
+        return f'its {size} bytes are damaged or no checkpoint ({reason[:100]})'
     return None
 
 

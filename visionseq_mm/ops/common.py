@@ -1,7 +1,5 @@
 """What the ops share: input checks, the accumulator's type, and walking a sequence in chunks."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,7 @@ def check_inputs(op: str, **inputs: tuple[Tensor | None, str]) -> dict[str, int]
                 raise ValueError(
                     f'{op}: {name} must be {want} = {expected}, got shape {tuple(x.shape)}'
                 )
-            if size == 0 and dim != 'B':
+            if size == 0:
                 raise ValueError(f'{op}: {name} is empty along {dim}, shape {tuple(x.shape)}')
         if not x.is_floating_point():
             raise ValueError(f'{op}: {name} must have a floating point dtype, got {x.dtype}')
@@ -52,9 +50,9 @@ def widest_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 class Chunks:
-    """A sequence along dim 1, cut into chunks of `size` tokens in the order of the scan.
+    """A sequence along dim 1, in chunks of `size` tokens, in the order of a scan.
 
-    With `reverse` the first chunk is the end of the sequence, and so within a chunk.
+    With `reverse` the scan starts at the end of the sequence. A chunk is a slice of its steps.
     """
 
     def __init__(self, length: int, size: int, reverse: bool, dtype: torch.dtype):
@@ -66,20 +64,22 @@ class Chunks:
     def __len__(self) -> int:
         return -(-self.length // self.size)
 
-    def __iter__(self) -> Iterator[slice]:
-        for start in range(0, self.length, self.size):
-            stop = min(start + self.size, self.length)
-            yield (
-                slice(self.length - stop, self.length - start)
-                if self.reverse
-                else slice(start, stop)
-            )
+    def __getitem__(self, index: int) -> slice:
+        start = index * self.size
+        if not 0 <= start < self.length:
+            raise IndexError(index)
+        return slice(start, min(start + self.size, self.length))
 
     def read(self, x: Tensor, chunk: slice) -> Tensor:
         """(B, T, …) of `x`, in the order of the scan and the accumulator's type."""
-        x = x[:, chunk].to(self.dtype)
+        x = x[:, self._tokens(chunk)].to(self.dtype)
         return x.flip(1) if self.reverse else x
 
     def write(self, x: Tensor, chunk: slice, value: Tensor) -> None:
         """Puts `value` (B, T, …) where `read` would take it from."""
-        x[:, chunk] = value.flip(1) if self.reverse else value
+        x[:, self._tokens(chunk)] = value.flip(1) if self.reverse else value
+
+    def _tokens(self, chunk: slice) -> slice:
+        if not self.reverse:
+            return chunk
+        return slice(self.length - chunk.stop, self.length - chunk.start)

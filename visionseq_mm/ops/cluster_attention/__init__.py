@@ -109,8 +109,7 @@ def _check(op: str, num_clusters: int, valid: Tensor | None, **inputs) -> dict[s
     sizes = check_inputs(op, **inputs)
     if not 1 <= num_clusters <= sizes['L']:
         raise ValueError(
-            f'{op}: num_clusters must be between 1 and the {sizes["L"]} tokens, '
-            f'got {num_clusters}'
+            f'{op}: num_clusters must be between 1 and the {sizes["L"]} tokens, got {num_clusters}'
         )
     if valid is not None:
         shape = (sizes['B'], sizes['L'])

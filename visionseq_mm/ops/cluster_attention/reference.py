@@ -5,6 +5,7 @@ independent sequences, so q, k, v are taken as rows (B·L·H, Dh), and a cluster
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..common import widest_dtype
 
-BLOCK = 2**20  # attention weights that the backward holds at a time
+BLOCK = 2**18  # attention weights that the backward holds at a time
 
 
 def partition(k, num_clusters, valid):
@@ -47,7 +48,7 @@ def clusters(idx: Tensor, num_clusters: int, valid: Tensor | None, heads: int) -
             samples = rows[torch.tensor(same, device=rows.device)]
         borders = [c * n // num_clusters for c in range(num_clusters + 1)]
         starts: dict[int, list[int]] = {}  # by length: n // K, and one more
-        for start, stop in zip(borders, borders[1:], strict=False):
+        for start, stop in pairwise(borders):
             if stop > start:
                 starts.setdefault(stop - start, []).append(start)
         for length, first in starts.items():

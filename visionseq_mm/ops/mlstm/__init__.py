@@ -107,7 +107,6 @@ def _(dh, q, k, v, i, f, h, sums, reverse, eps, backend):
 def _save(ctx, inputs, output):
     *tensors, ctx.reverse, ctx.eps, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)  # the sums have no gradient
 
 
 def _differentiate(ctx, dh, _):

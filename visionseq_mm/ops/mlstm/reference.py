@@ -11,7 +11,7 @@ The sums F grow with the sequence while only their differences count, so F, a an
 they are a Dh-th of the work. Below, `num` is Σ_j C_ij [v_j, 1]: a column of ones beside v gives
 the normaliser's sum. The part of the earlier chunks comes from the state
 
-    C = Σ_j exp(a_j − g) k_jᵀ [v_j, 1],   g that of the last row so far.
+    state = Σ_j exp(a_j − g) k_jᵀ [v_j, 1],   g that of the last row so far.
 
 B batch, S tokens, H heads, Dh channels of a head, T tokens of a chunk; batch and heads are one.
 """
@@ -32,6 +32,7 @@ class _Cell:
         self.B, S, self.H, self.Dh = q.shape
         self.q, self.k, self.v = q, k, v
         self.chunks = Chunks(S, CHUNK, reverse, widest_dtype(q, k, v, i, f))
+        self.whole = slice(0, S)
         self.f = self.rows(f)
         F_ = F.logsigmoid(self.f).cumsum(-1)
         self.a = self.rows(i) - F_
@@ -42,12 +43,13 @@ class _Cell:
 
     def rows(self, x: Tensor) -> Tensor:
         """A number for each token and head (B, S, H), as float64 (B·H, S)."""
-        x = self.chunks.read(x, slice(None)).double()
+        x = self.chunks.read(x, self.whole).double()
         return x.transpose(1, 2).reshape(self.B * self.H, -1)
 
     def unrows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of `rows`."""
         out = x.new_empty((self.B, x.shape[1], self.H), dtype=dtype)
-        self.chunks.write(out, slice(None), x.view(self.B, self.H, -1).transpose(1, 2))
+        self.chunks.write(out, self.whole, x.view(self.B, self.H, -1).transpose(1, 2))
         return out
 
     def read(self, x, chunk):
@@ -62,33 +64,25 @@ class _Cell:
         q, k, v = (self.read(x, chunk) for x in (self.q, self.k, self.v))
         return q.mul(self.Dh**-0.5), k, F.pad(v, (0, 1), value=1.0)
 
-    def state(self):
-        """C, or its gradient, where there is none yet."""
+    def empty_state(self):
+        """The state before the first chunk, or its gradient after the last."""
         return self.q.new_zeros((self.B * self.H, self.Dh, self.Dh + 1), dtype=self.chunks.dtype)
 
-    def __iter__(self):
-        return zip(self.chunks, self.steps(), strict=True)
-
-    def steps(self):
-        """The places of each chunk in rows."""
-        S = self.a.shape[1]
-        return (slice(start, min(start + CHUNK, S)) for start in range(0, S, CHUNK))
-
-    def within(self, step):
+    def within(self, chunk):
         """exp(a_j − g_i) for j ≤ i, else 0: (B·H, T, T)."""
-        a, g = self.a[:, step], self.g[:, step]
+        a, g = self.a[:, chunk], self.g[:, chunk]
         weight = (a.unsqueeze(1) - g.unsqueeze(2)).to(self.chunks.dtype)
         T = a.shape[1]
         return weight.masked_fill_(self.future[:T, :T], -torch.inf).exp_()
 
-    def across(self, step):
+    def across(self, chunk):
         """What multiplies the state before a chunk in each row, each key in the state after it,
         and the state itself from before to after: (B·H, T, 1) twice and (B·H, 1, 1).
         """
-        a, g = self.a[:, step, None], self.g[:, step, None]
+        a, g = self.a[:, chunk, None], self.g[:, chunk, None]
         last = g[:, -1:]
         # The state before the first chunk is 0: any finite weight will do.
-        before = self.g[:, max(step.start - 1, 0), None, None]
+        before = self.g[:, max(chunk.start - 1, 0), None, None]
         return (x.exp().to(self.chunks.dtype) for x in (before - g, a - last, before - last))
 
 
@@ -97,15 +91,15 @@ def forward(q, k, v, i, f, reverse, eps):
     cell = _Cell(q, k, v, i, f, reverse)
     h = v.new_empty(v.shape)
     sums = torch.empty_like(cell.a, dtype=cell.chunks.dtype)
-    C = cell.state()
-    for chunk, step in cell:
+    state = cell.empty_state()
+    for chunk in cell.chunks:
         q_, k_, v1 = cell.load(chunk)
-        from_state, to_state, decay = cell.across(step)
-        num = ((q_ @ k_.mT) * cell.within(step)) @ v1
-        num.baddbmm_(q_ * from_state, C)
-        C.mul_(decay).baddbmm_((k_ * to_state).mT, v1)
-        sums[:, step] = num[..., -1]
-        n = torch.maximum(sums[:, step].double().abs(), cell.bound[:, step])
+        from_state, to_state, decay = cell.across(chunk)
+        num = ((q_ @ k_.mT) * cell.within(chunk)) @ v1
+        num.baddbmm_(q_ * from_state, state)
+        state.mul_(decay).baddbmm_((k_ * to_state).mT, v1)
+        sums[:, chunk] = num[..., -1]
+        n = torch.maximum(sums[:, chunk].double().abs(), cell.bound[:, chunk])
         cell.write(h, chunk, num[..., :-1] / (n + eps).unsqueeze(2))
     return h, sums
 
@@ -119,64 +113,69 @@ def backward(dh, q, k, v, i, f, h, sums, reverse, eps):
         dP_ij = exp(a_j − g_i) dnum_i·[v_j, 1]
         dq_i = Σ_j dP_ij k_j / √Dh       dk_j = Σ_i dP_ij q_i / √Dh       dv_j = Σ_i C_ij dnum_i
 
-    A factor exp(a_j) comes with every k_j, so da_j = k_j·dk_j. The maximum g_i cancels but for
-    eps: dg_i = −eps r_i δ_i, which goes to the token that set it. F is left in a_j = i_j − F_j
-    and in the rows where n = exp(−F_i − g_i).
+    With E_ij = C_ij dP_ij, the gradient of D_ij, and that of the maximum, which cancels but for
+    eps and goes to the token s(t) that set it:
+
+        dm_t = −eps r_t δ_t
+        di_t = Σ_i E_it + Σ_{s(i)=t} dm_i              (Σ_i E_it = k_t·dk_t)
+        dF_t = Σ_j E_tj − Σ_i E_it + dm_t − Σ_{s(i)=t} dm_i
+
+    The sums over E in dF leave out the diagonal, which is most of E when the gates forget and
+    would bury the rest in its rounding errors.
     """
     cell = _Cell(q, k, v, i, f, reverse)
     dtype = cell.chunks.dtype
     sign, size = sums.sign(), sums.double().abs()
-    bounded = size <= cell.bound
     r = 1 / (torch.maximum(size, cell.bound) + eps)
     delta = cell.rows((dh.to(dtype) * h.to(dtype)).sum(-1))
-    dsum = (-r * delta).to(dtype).mul_(sign).masked_fill_(bounded, 0)
+    dsum = (-r * delta).to(dtype).mul_(sign).masked_fill_(size <= cell.bound, 0)
     r_ = r.to(dtype)
 
-    def dnum_of(chunk, step):
-        dnum = cell.read(dh, chunk) * r_[:, step, None]
-        return torch.cat([dnum, dsum[:, step, None]], -1)
+    def read_dnum(chunk):
+        dnum = cell.read(dh, chunk) * r_[:, chunk, None]
+        return torch.cat([dnum, dsum[:, chunk, None]], -1)
 
     # With the state, from the first chunk to the last: dq of what came through it.
     dq = q.new_empty(q.shape, dtype=dtype)
-    C = cell.state()
-    for chunk, step in cell:
+    state = cell.empty_state()
+    for chunk in cell.chunks:
         _, k_, v1 = cell.load(chunk)
-        from_state, to_state, decay = cell.across(step)
-        cell.write(dq, chunk, (dnum_of(chunk, step) @ C.mT) * from_state)
-        C.mul_(decay).baddbmm_((k_ * to_state).mT, v1)
+        from_state, to_state, decay = cell.across(chunk)
+        cell.write(dq, chunk, (read_dnum(chunk) @ state.mT) * from_state)
+        state.mul_(decay).baddbmm_((k_ * to_state).mT, v1)
 
     # With the gradient of the state, from the last chunk to the first: everything else.
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    da = torch.empty_like(cell.a)
-    dC = cell.state()
-    for chunk, step in reversed(list(cell)):
+    di, dF = torch.empty_like(cell.a), torch.empty_like(cell.a)
+    dstate = cell.empty_state()
+    for chunk in reversed(cell.chunks):
         q_, k_, v1 = cell.load(chunk)
-        dnum = dnum_of(chunk, step)
-        from_state, to_state, decay = cell.across(step)
-        weight = cell.within(step)
-        dP = (dnum @ v1.mT) * weight
-        dq_ = torch.baddbmm(cell.read(dq, chunk), dP, k_)
-        dk_ = torch.baddbmm((v1 @ dC.mT) * to_state, dP.mT, q_)
-        dv_ = ((k_ @ dC) * to_state).baddbmm_(((q_ @ k_.mT) * weight).mT, dnum)
-        dC.mul_(decay).baddbmm_((q_ * from_state).mT, dnum)
-        cell.write(dq, chunk, dq_.mul_(cell.Dh**-0.5))
+        dnum = read_dnum(chunk)
+        from_state, to_state, decay = cell.across(chunk)
+        weight = cell.within(chunk)
+        scores = q_ @ k_.mT
+        dP = (dnum @ v1.mT).mul_(weight)
+        dq_ = cell.read(dq, chunk)
+        dk_ = (v1 @ dstate.mT) * to_state
+        dv_ = (k_ @ dstate) * to_state
+
+        E = (scores * dP).tril_(-1)
+        dF[:, chunk] = (q_ * dq_).sum(-1) + E.sum(2) - (k_ * dk_).sum(-1) - E.sum(1)
+        dq_ = torch.baddbmm(dq_, dP, k_)
+        dk_.baddbmm_(dP.mT, q_)
+        dv_.baddbmm_((scores * weight).mT, dnum)
+        di[:, chunk] = (k_ * dk_).sum(-1)
+        dstate.mul_(decay).baddbmm_((q_ * from_state).mT, dnum)
+        cell.write(dq, chunk, dq_ * cell.Dh**-0.5)
         cell.write(dk, chunk, dk_)
         cell.write(dv, chunk, dv_[..., :-1])
-        da[:, step] = (k_ * dk_).sum(-1)
 
-    # dg to the tokens that set the maxima. Such a token serves a run of rows: a difference of
-    # cumulative sums, and no atomic addition.
-    dg = F.pad((-eps * r * delta).cumsum(-1), (1, 0))
-    tokens = torch.arange(da.shape[1], device=da.device).expand_as(da).contiguous()
-    served = dg.gather(-1, torch.searchsorted(cell.source, tokens, right=True))
-    da += served.diff(dim=-1, prepend=torch.zeros_like(served[:, :1]))
-    # n r = 1 − eps r also where exp(−m) is infinite.
-    dF = torch.where(bounded, delta * (1 - eps * r), 0) - da
-    dlog = dF.flip(-1).cumsum(-1).flip(-1)
-    return [
-        dq.to(q.dtype),
-        dk,
-        dv,
-        cell.unrows(da, i.dtype),
-        cell.unrows(dlog * (-cell.f).sigmoid(), f.dtype),
-    ]
+    # A token sets the maximum for a run of rows: a difference of cumulative sums, no atomics.
+    dm = -eps * r * delta
+    tokens = torch.arange(dm.shape[1], device=dm.device).expand_as(dm).contiguous()
+    ends = torch.searchsorted(cell.source, tokens, right=True)
+    to_source = F.pad(dm.cumsum(-1), (1, 0)).gather(-1, F.pad(ends, (1, 0))).diff()
+    di += to_source
+    dF += dm - to_source
+    df = dF.flip(-1).cumsum(-1).flip(-1) * (-cell.f).sigmoid()
+    return [dq.to(q.dtype), dk, dv, cell.unrows(di, i.dtype), cell.unrows(df, f.dtype)]

@@ -113,9 +113,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of those of the eight tensors that are there."""
     with torch.autocast(u.device.type, enabled=False):
-        return BACKENDS[backend].backward(
-            dout, u, dt, A, B, C, D, z, dt_bias, states, reverse
-        )
+        return BACKENDS[backend].backward(dout, u, dt, A, B, C, D, z, dt_bias, states, reverse)
 
 
 @_backward.register_fake
@@ -126,7 +124,6 @@ def _(dout, u, dt, A, B, C, D, z, dt_bias, states, reverse, backend):
 def _save(ctx, inputs, output):
     *tensors, ctx.reverse, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)  # the states have no gradient
 
 
 def _differentiate(ctx, dout, _):

@@ -9,6 +9,8 @@ for a whole chunk; what is left for each step is a single multiply-add in place.
 (T, B, N, D): a step is contiguous, and the channels are the inner loop.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from ..common import Chunks, widest_dtype
 
 CHUNK = 64
+GRAIN = 2**15 - 1  # elements up to which torch runs an operation on one thread
 
 
 class _Scan:
@@ -33,6 +36,7 @@ class _Scan:
         step = (u.shape[0], *self.A.shape)
         self.a = u.new_empty((steps, *step), dtype=dtype)
         self.h = u.new_empty((steps + 1, *step), dtype=dtype)
+        self.samples = max(1, GRAIN // self.A.numel())
 
     def read(self, x, chunk):
         return None if x is None else self.chunks.read(x, chunk).transpose(0, 1)
@@ -47,15 +51,26 @@ class _Scan:
             dt = dt + self.dt_bias
         return u, dt, B, C, z
 
-    def run(self, u, delta, B):
+    def run(self, delta, delta_u, B):
         """States of a chunk from the one in h[0]: ā (T, B, N, D) and h (T + 1, B, N, D)."""
-        a, h = self.a[: len(u)], self.h[: len(u) + 1]
+        a, h = self.a[: len(delta)], self.h[: len(delta) + 1]
         torch.mul(delta.unsqueeze(2), self.A, out=a).exp_()
-        torch.mul((delta * u).unsqueeze(2), B.unsqueeze(3), out=h[1:])
-        steps = h.unbind(0)
-        for a_t, before, h_t in zip(a.unbind(0), steps[:-1], steps[1:], strict=True):
-            h_t.addcmul_(a_t, before)
+        torch.mul(delta_u.unsqueeze(2), B.unsqueeze(3), out=h[1:])
+        _recur(h.split(self.samples, 1), a.split(self.samples, 1))
         return a, h
+
+
+def _recur(x: Sequence[Tensor], a: Sequence[Tensor], backwards: bool = False) -> None:
+    """x_t += a_t ⊙ x_{t−1} in place, for some samples at a time.
+
+    Starting threads would cost more than a step, so a step stays on one.
+    """
+    for x_, a_ in zip(x, a, strict=True):
+        steps, factors = x_.unbind(0), a_.unbind(0)
+        if backwards:
+            steps, factors = steps[::-1], factors[::-1]
+        for before, factor, step in zip(steps[:-1], factors, steps[1:], strict=True):
+            step.addcmul_(factor, before)
 
 
 def _contract(x: Tensor, h: Tensor) -> Tensor:
@@ -68,18 +83,19 @@ def forward(u, dt, A, B, C, D, z, dt_bias, reverse):
     scan = _Scan(u, dt, A, B, C, D, z, dt_bias, reverse)
     out = u.new_empty(u.shape)
     states = scan.h.new_empty((len(scan.chunks), *scan.h.shape[1:]))
-    state = torch.zeros_like(scan.h[0])
+    scan.h[0] = 0
     for i, chunk in enumerate(scan.chunks):
         u_, dt_, B_, C_, z_ = scan.load(chunk)
-        scan.h[0] = states[i] = state
-        _, h = scan.run(u_, F.softplus(dt_), B_)
-        state = h[-1].clone()
+        states[i] = scan.h[0]
+        delta = F.softplus(dt_)
+        _, h = scan.run(delta, delta * u_, B_)
         y = _contract(C_, h[1:])
         if D is not None:
             y.addcmul_(u_, scan.D)
         if z is not None:
             y.mul_(F.silu(z_))
         scan.write(out, chunk, y)
+        scan.h[0] = h[-1]
     return out, states
 
 
@@ -107,7 +123,7 @@ def backward(dout, u, dt, A, B, C, D, z, dt_bias, states, reverse):
         delta = F.softplus(dt_)
         delta_u = delta * u_
         scan.h[0] = states[i]
-        a, h = scan.run(u_, delta, B_)
+        a, h = scan.run(delta, delta_u, B_)
         if z is not None:
             y = _contract(C_, h[1:])
             if D is not None:
@@ -118,14 +134,7 @@ def backward(dout, u, dt, A, B, C, D, z, dt_bias, states, reverse):
 
         lam = torch.mul(C_.unsqueeze(3), dy.unsqueeze(2), out=lam_buffer[: len(u_)])
         lam[-1] += carry
-        lams = lam.unbind(0)
-        for a_next, after, lam_t in zip(
-            reversed(a.unbind(0)[1:]),
-            reversed(lams[1:]),
-            reversed(lams[:-1]),
-            strict=True,
-        ):
-            lam_t.addcmul_(a_next, after)
+        _recur(lam.split(scan.samples, 1), a[1:].split(scan.samples, 1), backwards=True)
         carry = a[0] * lam[0]
 
         scan.write(dB, chunk, torch.matmul(lam, delta_u.unsqueeze(3)).squeeze(3))

@@ -1,0 +1,210 @@
+"""Naive twins of the ops, each written from its equation, and what the op tests share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from visionseq_mm.ops import cluster_attention, mlstm, sec_attention, sec_partition, selective_scan
+from visionseq_mm.ops.cluster_attention import reference as cluster_reference
+from visionseq_mm.ops.mlstm import reference as mlstm_reference
+from visionseq_mm.ops.selective_scan import reference as scan_reference
+
+SIZES = (1, 7, 63, 64, 65, 200)
+
+
+def flipped(fn, inputs):
+    """flip(fn(flip(inputs))) along the tokens of three- and four-dimensional inputs."""
+    return fn(*(x.flip(1) if x is not None and x.dim() > 2 else x for x in inputs)).flip(1)
+
+
+def scan_twin(u, dt, A, B, C, D=None, z=None, dt_bias=None):
+    """One step after the other."""
+    delta = dt if dt_bias is None else dt + dt_bias
+    delta = torch.where(delta > 20, delta, delta.clamp(max=20).exp().log1p())
+    h = u.new_zeros(u.shape[0], *A.shape)
+    ys = []
+    for t in range(u.shape[1]):
+        d = delta[:, t, :, None]
+        h = torch.exp(d * A) * h + d * u[:, t, :, None] * B[:, t, None, :]
+        ys.append((h * C[:, t, None, :]).sum(-1))
+    y = torch.stack(ys, 1)
+    if D is not None:
+        y = y + D * u
+    return y if z is None else y * z * torch.sigmoid(z)
+
+
+def mlstm_twin(q, k, v, i, f, eps=1e-6):
+    """The quadratic parallel form."""
+    q, k, v, i, f = (x.transpose(1, 2) for x in (q, k, v, i, f))
+    S, Dh = q.shape[-2:]
+    sums = F.logsigmoid(f).cumsum(-1)
+    D = sums[..., :, None] - sums[..., None, :] + i[..., None, :]
+    D = D.masked_fill(~torch.ones(S, S, dtype=torch.bool).tril(), -torch.inf)
+    m = D.amax(-1, keepdim=True)
+    C = (q @ k.mT) / Dh**0.5 * (D - m).exp()
+    n = torch.maximum(C.sum(-1, keepdim=True).abs(), (-m).exp())
+    return ((C @ v) / (n + eps)).transpose(1, 2)
+
+
+def partition_twin(k, num_clusters, valid=None):
+    """Cluster by cluster lists of tokens for each sample and head, and the order they make."""
+    B, L, H, _ = k.shape
+    clusters, order = {}, torch.empty(B, H, L, dtype=torch.int32)
+    for b in range(B):
+        here = [t for t in range(L) if valid is None or valid[b, t]]
+        away = [t for t in range(L) if t not in here]
+        for h in range(H):
+            mean = k[b, here, h].mean(0) if here else None
+            cosine = {t: float(F.cosine_similarity(k[b, t, h], mean, dim=0)) for t in here}
+            tokens = sorted(here, key=lambda t: (cosine[t], t))
+            order[b, h] = torch.tensor(tokens + away)
+            n = len(tokens)
+            for c in range(num_clusters):
+                clusters[b, h, c] = tokens[c * n // num_clusters : (c + 1) * n // num_clusters]
+    return clusters, order
+
+
+def cluster_twin(q, k, v, num_clusters, valid=None):
+    """One softmax for each cluster."""
+    out = torch.zeros_like(v)
+    for (b, h, _), tokens in partition_twin(k.detach(), num_clusters, valid)[0].items():
+        if tokens:
+            P = torch.softmax(q[b, tokens, h] @ k[b, tokens, h].T / q.shape[-1] ** 0.5, -1)
+            at = torch.zeros_like(v)
+            at[b, tokens, h] = P @ v[b, tokens, h]
+            out = out + at
+    return out
+
+
+def scan_inputs(L, D=5, N=3):
+    shapes = [(2, L, D), (2, L, D), (D, N), (2, L, N), (2, L, N), (D,), (2, L, D), (D,)]
+    u, dt, A, *rest = normal(*shapes)
+    return [u, dt, -A.abs(), *rest]
+
+
+def mlstm_inputs(S, Dh=6, H=3):
+    q, k, v, i, f = normal(*[(2, S, H, Dh)] * 3, *[(2, S, H)] * 2)
+    # Input gates on both sides of the bound exp(−m), forget gates as at the start of training.
+    return [q, k, v, i - 1, f + 3]
+
+
+def cluster_inputs(L, Dh=6, H=3):
+    return normal(*[(2, L, H, Dh)] * 3)
+
+
+def normal(*shapes):
+    generator = torch.Generator().manual_seed(sum(map(sum, shapes)))
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+@dataclass
+class Case:
+    """An op as a function of tensors alone, its twin, and ways into its implementation."""
+
+    name: str
+    op: Callable
+    twin: Callable
+    inputs: Callable[[int], list[Tensor]]
+    schema: Callable[[list[Tensor]], tuple]  # arguments of torch.ops.visionseq_mm.<name>
+    steps: Callable[[list[Tensor]], None]  # the implementation, forward and backward
+
+    def __str__(self):
+        return self.name
+
+
+def clusters_of(x: Tensor) -> int:
+    return min(3, x.shape[1])
+
+
+def _scan_steps(inputs):
+    out, states = scan_reference.forward(*inputs, False)
+    scan_reference.backward(torch.ones_like(out), *inputs, states, False)
+
+
+def _mlstm_steps(inputs):
+    h, sums = mlstm_reference.forward(*inputs, False, 1e-6)
+    mlstm_reference.backward(torch.ones_like(h), *inputs, h, sums, False, 1e-6)
+
+
+def _cluster_steps(inputs, num_clusters=32):
+    idx = cluster_reference.partition(inputs[1], num_clusters, None)
+    out = cluster_reference.forward(*inputs, idx, num_clusters, None)
+    cluster_reference.backward(torch.ones_like(out), *inputs, idx, num_clusters, None)
+
+
+SCAN = Case(
+    'selective_scan',
+    selective_scan,
+    scan_twin,
+    scan_inputs,
+    lambda xs: (*xs, False, 'reference'),
+    _scan_steps,
+)
+MLSTM = Case(
+    'mlstm',
+    mlstm,
+    mlstm_twin,
+    mlstm_inputs,
+    lambda xs: (*xs, False, 1e-6, 'reference'),
+    _mlstm_steps,
+)
+CLUSTER = Case(
+    'sec_attention',
+    lambda q, k, v, **kwargs: cluster_attention(q, k, v, clusters_of(q), **kwargs),
+    lambda q, k, v: cluster_twin(q, k, v, clusters_of(q)),
+    cluster_inputs,
+    lambda xs: (
+        *xs,
+        sec_partition(xs[1], clusters_of(xs[1])),
+        clusters_of(xs[1]),
+        None,
+        'reference',
+    ),
+    _cluster_steps,
+)
+CASES = (SCAN, MLSTM, CLUSTER)
+
+
+def fixed_order(q, k, v):
+    """`cluster_attention` of these keys as a smooth function."""
+    K = clusters_of(k)
+    return partial(sec_attention, idx=sec_partition(k, K), num_clusters=K)
+
+
+def run(fn, inputs, dout=None):
+    """Output and gradients of all inputs; `dout` is fixed noise by default."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = fn(*inputs)
+    dout = normal(out.shape)[0] if dout is None else dout
+    return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))]
+
+
+def assert_close(actual, expected, ratio):
+    """RMS of each error against RMS of what is expected; NaN and inf never pass."""
+    for n, (x, y) in enumerate(zip(actual, expected, strict=True)):
+        assert x.shape == y.shape, f'tensor {n}: {x.shape}, not {y.shape}'
+        assert x.isfinite().all(), f'tensor {n} is not finite'
+        error = (x.double() - y.double()).square().mean().sqrt()
+        size = y.double().square().mean().sqrt()
+        assert error <= ratio * size + 1e-12, f'tensor {n}: error {error:.1e} of {size:.1e}'
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation inside returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage().nbytes() // x.element_size()
+                self.elements = max(self.elements, storage)
+        return out

@@ -1,0 +1,162 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from ops_twins import (
+    LargestTensor,
+    assert_close,
+    cluster_inputs,
+    cluster_twin,
+    normal,
+    partition_twin,
+    run,
+)
+
+from visionseq_mm.ops import cluster_attention, sec_attention, sec_partition
+from visionseq_mm.ops.cluster_attention import reference
+
+
+def random_valid(B, L):
+    """The first sample whole, the second without a valid token, the others in parts."""
+    valid = torch.rand(B, L, generator=torch.Generator().manual_seed(L)) < 0.6
+    valid[0] = True
+    valid[1] = False
+    return valid
+
+
+def samples(B, L):
+    return normal(*[(B, L, 2, 4)] * 3)
+
+
+@pytest.mark.parametrize(('L', 'K'), [(1, 1), (7, 7), (64, 4), (65, 4), (63, 32), (200, 7)])
+@pytest.mark.parametrize('partly', [False, True])
+def test_equals_twin(L, K, partly):
+    q, k, v = samples(4, L)
+    valid = random_valid(4, L) if partly else None
+    idx = sec_partition(k, K, valid)
+    assert idx.dtype == torch.int32
+    torch.testing.assert_close(idx, partition_twin(k, K, valid)[1])
+    actual = run(lambda *xs: cluster_attention(*xs, K, valid), (q, k, v))
+    assert_close(actual, run(lambda *xs: cluster_twin(*xs, K, valid), (q, k, v)), 1e-12)
+
+
+def test_one_cluster_is_attention():
+    q, k, v = cluster_inputs(65)
+    full = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    torch.testing.assert_close(cluster_attention(q, k, v, 1), full.transpose(1, 2))
+
+
+def test_as_many_clusters_as_tokens():
+    q, k, v = cluster_inputs(9)
+    torch.testing.assert_close(cluster_attention(q, k, v, 9), v)
+
+
+def test_ties_by_token_index():
+    """Equal keys have equal cosines wherever they stand, and keep their order."""
+    k = normal((5, 3, 32))[0].float()
+    which = torch.randint(5, (2, 999), generator=torch.Generator().manual_seed(0))
+    idx = sec_partition(k[which], 4).long()
+    sorted_keys = which[:, None].expand(2, 3, 999).gather(2, idx)
+    same = sorted_keys[..., 1:] == sorted_keys[..., :-1]
+    assert same.sum() == 2 * 3 * (999 - 5)
+    assert (idx.diff() > 0)[same].all()
+    assert (sec_partition(torch.ones(1, 50, 2, 8), 3) == torch.arange(50)).all()
+
+
+def test_partition_ignores_scale():
+    k = cluster_inputs(200)[1]
+    torch.testing.assert_close(sec_partition(k / 8, 4), sec_partition(k, 4))
+
+
+def test_partition_is_at_least_float32():
+    k = cluster_inputs(200)[1].bfloat16()
+    torch.testing.assert_close(sec_partition(k, 4), sec_partition(k.float(), 4))
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(sec_partition(k.float(), 4), sec_partition(k.float(), 4))
+
+
+def test_token_order_does_not_matter():
+    inputs = cluster_inputs(200)
+    shuffle = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    expected = cluster_attention(*inputs, 7)[:, shuffle]
+    torch.testing.assert_close(cluster_attention(*(x[:, shuffle] for x in inputs), 7), expected)
+
+
+def test_order_inside_a_cluster_does_not_matter():
+    q, k, v = cluster_inputs(64)
+    idx = sec_partition(k, 4)
+    other = idx.view(2, 3, 4, 16).flip(3).reshape_as(idx)
+    torch.testing.assert_close(sec_attention(q, k, v, other, 4), sec_attention(q, k, v, idx, 4))
+
+
+def test_invalid_tokens():
+    """Zero output and gradients, and no effect on any other token."""
+    B, L, K = 4, 65, 4
+    inputs = samples(B, L)
+    valid = random_valid(B, L)
+    fill = valid[:, :, None, None]
+    noise = [torch.where(fill, x, 1e3 * torch.randn_like(x)) for x in inputs]
+
+    def op(*xs):
+        return cluster_attention(*xs, K, valid)
+
+    actual = run(op, inputs)
+    for x, other in zip(actual, run(op, noise), strict=True):
+        assert (x[~valid] == 0).all()
+        torch.testing.assert_close(x[valid], other[valid], rtol=0, atol=0)
+    bad = [x.masked_fill(~fill, torch.nan) for x in inputs]
+    torch.testing.assert_close(run(op, bad), actual, rtol=0, atol=0)
+
+
+def test_padding_equals_no_padding():
+    inputs = samples(2, 65)
+    padded = [F.pad(x, (0, 0, 0, 0, 0, 35), value=7.0) for x in inputs]
+    valid = (torch.arange(100) < 65).expand(2, 100)
+    out = cluster_attention(*padded, 4, valid)
+    torch.testing.assert_close(out[:, :65], cluster_attention(*inputs, 4))
+
+
+def test_all_valid_is_no_mask():
+    inputs = samples(2, 65)
+    valid = torch.ones(2, 65, dtype=torch.bool)
+    actual = run(lambda *xs: cluster_attention(*xs, 4, valid), inputs)
+    expected = run(lambda *xs: cluster_attention(*xs, 4), inputs)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('valid', [None, random_valid(4, 65)], ids=['whole', 'valid'])
+def test_registration(valid):
+    q, k, v = (x.requires_grad_() for x in samples(4, 65))
+    ops = torch.ops.visionseq_mm
+    torch.library.opcheck(ops.sec_partition.default, (k.detach(), 4, valid, 'reference'))
+    idx = sec_partition(k, 4, valid)
+    torch.library.opcheck(ops.sec_attention.default, (q, k, v, idx, 4, valid, 'reference'))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_memory_is_linear_in_a_long_cluster(dtype):
+    """No attention matrix of a whole cluster, forward or backward."""
+    q, k, v = (x.to(dtype) for x in normal(*[(1, 2048, 1, 8)] * 3))
+    idx = sec_partition(k, 1)
+    with LargestTensor() as mode:
+        out = reference.forward(q, k, v, idx, 1, None)
+        reference.backward(out, q, k, v, idx, 1, None)
+    assert mode.elements <= 2048 * 2048 // 8
+
+
+def test_bad_arguments():
+    q, k, v = cluster_inputs(7)
+    idx = sec_partition(k, 2)
+    for op in (
+        lambda K: sec_partition(k, K),
+        lambda K: sec_attention(q, k, v, idx, K),
+        lambda K: cluster_attention(q, k, v, K),
+    ):
+        for K in (0, 8):
+            with pytest.raises(ValueError, match=f'between 1 and the 7 tokens, got {K}'):
+                op(K)
+    for valid in (torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 7)):
+        with pytest.raises(ValueError, match=r'valid must be \(B, L\) = \(2, 7\), bool'):
+            cluster_attention(q, k, v, 2, valid)
+    for bad in (idx.long(), idx[:1], idx.mT):
+        with pytest.raises(ValueError, match=r'idx must be \(B, H, L\) = \(2, 3, 7\), int32'):
+            sec_attention(q, k, v, bad, 2)

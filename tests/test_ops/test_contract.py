@@ -1,0 +1,208 @@
+"""What holds for every op: its twin, gradients, dtypes, contexts, registration, memory."""
+
+import pytest
+import torch
+from ops_twins import (
+    CASES,
+    CLUSTER,
+    MLSTM,
+    SCAN,
+    SIZES,
+    LargestTensor,
+    assert_close,
+    fixed_order,
+    flipped,
+    run,
+)
+from torch.utils.checkpoint import checkpoint
+
+all_ops = pytest.mark.parametrize('case', CASES, ids=str)
+scans = pytest.mark.parametrize('case', (SCAN, MLSTM), ids=str)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@all_ops
+def test_equals_twin(case, size):
+    inputs = case.inputs(size)
+    assert_close(run(case.op, inputs), run(case.twin, inputs), 1e-10)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@scans
+def test_reverse(case, size):
+    inputs = case.inputs(size)
+    reverse = run(lambda *xs: case.op(*xs, reverse=True), inputs)
+    torch.testing.assert_close(
+        reverse, run(lambda *xs: flipped(case.op, xs), inputs), rtol=0, atol=0
+    )
+    assert_close(reverse, run(lambda *xs: flipped(case.twin, xs), inputs), 1e-10)
+
+
+@scans
+def test_causal(case):
+    inputs = case.inputs(130)
+    other = [x + 1 if x.dim() > 2 else x for x in inputs]
+    at = 70
+    mixed = [
+        torch.cat([x[:, :at], y[:, at:]], 1) if x.dim() > 2 else x
+        for x, y in zip(inputs, other, strict=True)
+    ]
+    torch.testing.assert_close(case.op(*mixed)[:, :at], case.op(*inputs)[:, :at], rtol=0, atol=0)
+    backwards = case.op(*mixed, reverse=True)[:, at:]
+    torch.testing.assert_close(backwards, case.op(*other, reverse=True)[:, at:], rtol=0, atol=0)
+
+
+@all_ops
+def test_gradcheck(case):
+    inputs = [x.requires_grad_() for x in case.inputs(7)]
+    op = fixed_order(*inputs) if case is CLUSTER else case.op
+    assert torch.autograd.gradcheck(op, inputs)
+
+
+@pytest.mark.parametrize(('dtype', 'ratio'), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+@all_ops
+def test_low_precision(case, dtype, ratio):
+    inputs = [x.to(dtype) for x in case.inputs(200)]
+    actual = run(case.op, inputs)
+    assert [x.dtype for x in actual] == [dtype] * (1 + len(inputs))
+    # The order of the twin would be that of float64 cosines.
+    twin = fixed_order(*inputs) if case is CLUSTER else case.twin
+    assert_close(actual, run(twin, [x.double() for x in inputs]), ratio)
+
+
+@all_ops
+def test_mixed_dtypes(case):
+    inputs = case.inputs(65)
+    first = 2 if case is SCAN else 3  # u, dt or q, k, v in bfloat16, the rest in float32
+    dtypes = [torch.bfloat16 if n < first else torch.float32 for n in range(len(inputs))]
+    inputs = [x.to(dtype) for x, dtype in zip(inputs, dtypes, strict=True)]
+    actual = run(case.op, inputs)
+    assert [x.dtype for x in actual] == [torch.bfloat16, *dtypes]
+    twin = fixed_order(*inputs) if case is CLUSTER else case.twin
+    assert_close(actual, run(twin, [x.double() for x in inputs]), 2e-2)
+
+
+@all_ops
+def test_strides_do_not_matter(case):
+    inputs = case.inputs(65)
+    strided = [
+        x.mT.contiguous().mT if x.dim() > 1 else x.repeat_interleave(2)[::2] for x in inputs
+    ]
+    strided[0] = torch.stack(inputs[:1] * 2, -1)[..., 1]
+    assert not any(x.is_contiguous() for x in strided)
+    dout = torch.ones(()).expand_as(inputs[0])
+    torch.testing.assert_close(
+        run(case.op, strided, dout), run(case.op, inputs, dout), rtol=1e-12, atol=1e-12
+    )
+
+
+@all_ops
+def test_deterministic(case):
+    inputs = [x.float() for x in case.inputs(200)]
+    torch.testing.assert_close(run(case.op, inputs), run(case.op, inputs), rtol=0, atol=0)
+
+
+@all_ops
+def test_contexts(case):
+    """Autocast, no_grad, inference_mode and recomputation change nothing."""
+    inputs = [x.float() for x in case.inputs(65)]
+    expected = run(case.op, inputs)
+
+    def autocast(*xs):
+        with torch.autocast('cpu', torch.bfloat16):
+            return case.op(*xs)
+
+    def recompute(*xs):
+        return checkpoint(case.op, *xs, use_reentrant=False)
+
+    with torch.autocast('cpu', torch.bfloat16):
+        everything = run(case.op, inputs)  # the backward too
+    for actual in (run(autocast, inputs), run(recompute, inputs), everything):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(case.op(*inputs), expected[0], rtol=0, atol=0)
+
+
+@all_ops
+def test_gradients_of_some_inputs(case):
+    """One input at a time, the others without gradient."""
+    inputs = case.inputs(65)
+    expected = run(case.op, inputs)[1:]
+    for n in range(len(inputs)):
+        xs = [x.detach() for x in inputs]
+        (grad,) = run(lambda x, n=n, xs=xs: case.op(*xs[:n], x, *xs[n + 1 :]), [inputs[n]])[1:]
+        torch.testing.assert_close(grad, expected[n], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+@all_ops
+def test_registration(case, dtype):
+    inputs = [x.to(dtype).requires_grad_() for x in case.inputs(65)]
+    op = getattr(torch.ops.visionseq_mm, case.name).default
+    torch.library.opcheck(op, case.schema(inputs), rtol=2e-2, atol=2e-2)
+
+
+@all_ops
+def test_compiles_whole(case):
+    inputs = [x.float() for x in case.inputs(65)]
+    compiled = torch.compile(case.op, fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(run(compiled, inputs), run(case.op, inputs), rtol=0, atol=0)
+
+
+@all_ops
+def test_memory(case):
+    """Nothing as large as the states of all steps or the attention of all pairs."""
+    L = 2048
+    if case is SCAN:
+        inputs, chunk = case.inputs(L, D=24, N=16), 2 * 65 * 24 * 16
+    elif case is MLSTM:
+        inputs, chunk = case.inputs(L, Dh=16, H=2), 2 * 2 * 64 * 64
+    else:
+        inputs, chunk = case.inputs(L, Dh=16, H=2), 2**18
+    with LargestTensor() as mode:
+        case.steps([x.float() for x in inputs])
+    most = max(chunk, *(x.numel() for x in inputs))
+    assert most < 2 * L * L
+    assert mode.elements <= most
+
+
+@pytest.mark.parametrize('n', range(3))
+@all_ops
+def test_bad_inputs(case, n):
+    good = case.inputs(7)
+
+    def call(x):
+        inputs = list(good)
+        inputs[n] = x
+        return case.op(*inputs)
+
+    with pytest.raises(ValueError, match=r'must be \(.*got shape'):
+        call(good[n][..., None])
+    with pytest.raises(ValueError, match=r'must be \(.*\) = \(.*\), got shape'):
+        call(torch.cat([good[n], good[n]], -2 if n == 2 and case is SCAN else 1))
+    with pytest.raises(ValueError, match='floating point'):
+        call(good[n].long())
+    if n:
+        with pytest.raises(ValueError, match='is on meta, the other inputs on cpu'):
+            call(good[n].to('meta'))
+
+
+@all_ops
+def test_empty_sequence(case):
+    empty = [x[:, :0] if x.dim() > 2 else x for x in case.inputs(7)]
+    with pytest.raises(ValueError, match=r'is empty along [LS]'):
+        case.op(*empty)
+
+
+@all_ops
+def test_unknown_backend(case, monkeypatch):
+    inputs = case.inputs(7)
+    with pytest.raises(ValueError, match=r"backend='nope'.*\['auto', 'reference'"):
+        case.op(*inputs, backend='nope')
+    monkeypatch.setenv('VISIONSEQ_BACKEND', 'nope')
+    with pytest.raises(ValueError, match="VISIONSEQ_BACKEND='nope'"):
+        case.op(*inputs)
+    torch.testing.assert_close(
+        case.op(*inputs, backend='auto'), case.op(*inputs, backend='reference')
+    )
