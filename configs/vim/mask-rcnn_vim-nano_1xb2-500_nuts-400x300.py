@@ -5,6 +5,8 @@ _base_ = [
     '../_base_/default_runtime_det.py',
 ]
 num_classes = 3
+channels = 64  # a quarter of mmdet's 256, and its other widths likewise: this runs on a CPU
+num_samples = 64
 model = dict(
     backbone=dict(
         type='visionseq_mm.Vim',
@@ -15,13 +17,26 @@ model = dict(
     neck=dict(
         type='visionseq_mm.MultiScaleAdapter',
         in_channels=96,
-        out_channels=256,
+        out_channels=channels,
         num_outs=5,
     ),
+    rpn_head=dict(in_channels=channels, feat_channels=channels),
     roi_head=dict(
-        bbox_head=dict(num_classes=num_classes),
-        mask_head=dict(num_classes=num_classes),
+        bbox_roi_extractor=dict(out_channels=channels),
+        bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=num_classes),
+        mask_roi_extractor=dict(out_channels=channels),
+        mask_head=dict(
+            in_channels=channels,
+            conv_out_channels=channels,
+            num_convs=2,
+            num_classes=num_classes,
+        ),
     ),
+    train_cfg=dict(
+        rpn_proposal=dict(nms_pre=500, max_per_img=200),
+        rcnn=dict(sampler=dict(num=num_samples)),
+    ),
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
 )
 train_cfg = dict(max_iters=500, val_interval=500)
 default_hooks = dict(

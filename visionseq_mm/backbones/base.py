@@ -9,6 +9,7 @@ Shapes: B batch, C channels of a map, D embedding, L tokens = h * w, and
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 from visionseq_mm.checkpoints import adapt, rename, select_weights
 from visionseq_mm.layers import build_map_norm, resize_grid
+
+
+def linear_ramp(last, count):
+    """``count`` rates of stochastic depth, from 0 to ``last``.
+
+    Raises:
+        ValueError: For a rate outside [0, 1).
+    """
+    if not 0 <= last < 1:
+        raise ValueError(f'drop_path_rate must be at least 0 and below 1, got {last}')
+    return [last * i / max(count - 1, 1) for i in range(count)]
 
 
 class SequenceBackbone(BaseModule):
@@ -66,10 +78,10 @@ class SequenceBackbone(BaseModule):
                     f'{", ".join(self.arch_zoo)}, or give a dict with {", ".join(keys)}'
                 )
             return dict(self.arch_zoo[arch])
-        if set(arch) != set(keys):
+        if not isinstance(arch, Mapping) or set(arch) != set(keys):
             raise ValueError(
-                f'the arch dict of {type(self).__name__} needs the keys {", ".join(keys)}, '
-                f'got {", ".join(map(str, arch)) or "none"}'
+                f'arch of {type(self).__name__} must be a name or a dict with the keys '
+                f'{", ".join(keys)}, got {arch!r}'
             )
         return dict(arch)
 
@@ -88,8 +100,9 @@ class SequenceBackbone(BaseModule):
                 for dense arguments given with ``out_type='cls'``.
         """
         if self.out_type == 'cls':
-            given = [k for k, v in dict(out_indices=out_indices, **dense_only).items() if v]
-            if given or out_indices is not None:
+            dense_only['out_indices'] = out_indices
+            given = [k for k, v in dense_only.items() if v is not None]
+            if given:
                 raise ValueError(
                     f"out_type='cls' returns one pooled vector, so {', '.join(given)} has no "
                     "effect with it: leave it out, or use out_type='featmap'"
@@ -128,6 +141,7 @@ class SequenceBackbone(BaseModule):
             )
         for tensor in self.frozen_tensors():
             tensor.requires_grad_(False)
+        self.train(self.training)  # frozen parts in eval mode
 
     def parts(self):
         """[stem, block 1, block 2, ...]; each a list of modules and parameters."""

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visionseq_mm import checkpoints
-from visionseq_mm.backbones.base import SequenceBackbone
+from visionseq_mm.backbones.base import SequenceBackbone, linear_ramp
 from visionseq_mm.layers import LN2d
 from visionseq_mm.ops import cluster_attention
 from visionseq_mm.registry import MODELS
@@ -264,7 +264,7 @@ class SecViT(SequenceBackbone):
         self.out_indices = self.resolve_outputs(out_indices, 4, range(4), out_norm=out_norm)
 
         self.patch_embed = Stem(self.embed_dims[0])
-        rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths)).tolist())
+        rates = iter(linear_ramp(drop_path_rate, sum(self.depths)))
         last = self.out_indices[-1]
         self.stages = nn.ModuleList(
             Stage(

@@ -17,7 +17,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import nn
 
 from visionseq_mm import checkpoints
-from visionseq_mm.backbones.base import PlainBackbone
+from visionseq_mm.backbones.base import PlainBackbone, linear_ramp
 from visionseq_mm.ops import mlstm
 from visionseq_mm.registry import MODELS
 
@@ -289,9 +289,9 @@ class ViL(PlainBackbone):
         nn.init.zeros_(self.patch_embed.proj.bias)
 
         num_layers = self.depth * version
-        rates = [drop_path_rate] * num_layers
-        if drop_path_decay:
-            rates = torch.linspace(0, drop_path_rate, num_layers).tolist()
+        rates = linear_ramp(drop_path_rate, num_layers)
+        if not drop_path_decay:
+            rates = [drop_path_rate] * num_layers
         built = range(self.out_indices[-1] + 1)
         if version == 1:
             self.blocks = nn.ModuleList(

@@ -17,7 +17,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import nn
 
 from visionseq_mm import checkpoints
-from visionseq_mm.backbones.base import PlainBackbone
+from visionseq_mm.backbones.base import PlainBackbone, linear_ramp
 from visionseq_mm.ops import selective_scan
 from visionseq_mm.registry import MODELS
 
@@ -219,7 +219,7 @@ class Vim(PlainBackbone):
                 )
             self.final_norm = nn.RMSNorm(self.embed_dims, eps=1e-5)
 
-        rates = torch.linspace(0, drop_path_rate, self.depth).tolist()
+        rates = linear_ramp(drop_path_rate, self.depth)
         self.blocks = nn.ModuleList(
             VimBlock(self.embed_dims, self.depth, rates[i])
             for i in range(self.out_indices[-1] + 1)

@@ -153,17 +153,15 @@ def _(q, k, v, idx, num_clusters, valid, backend):
     return v.new_empty(v.shape)
 
 
-@torch.library.custom_op('visionseq_mm::sec_attention_backward', mutates_args=())
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    idx: Tensor,
-    num_clusters: int,
-    valid: Tensor | None,
-    backend: str,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    'visionseq_mm::sec_attention_backward',
+    mutates_args=(),
+    schema=(
+        '(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor idx, int num_clusters, '
+        'Tensor? valid, str backend) -> Tensor[]'
+    ),
+)
+def _backward(dout, q, k, v, idx, num_clusters, valid, backend):
     with torch.autocast(q.device.type, enabled=False):
         return BACKENDS[backend].backward(dout, q, k, v, idx, num_clusters, valid)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common import widest_dtype
 
-BLOCK = 2**18  # attention weights that the backward holds at a time
+BLOCK = 2**20  # attention weights that the backward holds at a time
 
 
 def partition(k, num_clusters, valid):

@@ -81,20 +81,15 @@ def _(q, k, v, i, f, reverse, eps, backend):
     return v.new_empty(v.shape), sums
 
 
-@torch.library.custom_op('visionseq_mm::mlstm_backward', mutates_args=())
-def _backward(
-    dh: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    i: Tensor,
-    f: Tensor,
-    h: Tensor,
-    sums: Tensor,
-    reverse: bool,
-    eps: float,
-    backend: str,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    'visionseq_mm::mlstm_backward',
+    mutates_args=(),
+    schema=(
+        '(Tensor dh, Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor h, '
+        'Tensor sums, bool reverse, float eps, str backend) -> Tensor[]'
+    ),
+)
+def _backward(dh, q, k, v, i, f, h, sums, reverse, eps, backend):
     with torch.autocast(q.device.type, enabled=False):
         return BACKENDS[backend].backward(dh, q, k, v, i, f, h, sums, reverse, eps)
 

@@ -34,12 +34,13 @@ class _Cell:
         self.chunks = Chunks(S, CHUNK, reverse, widest_dtype(q, k, v, i, f))
         self.whole = slice(0, S)
         self.f = self.rows(f)
-        F_ = F.logsigmoid(self.f).cumsum(-1)
+        # logσ(f), not torch's own, which starts its threads for a single gate too.
+        log_f = self.f.clamp(max=0) - self.f.abs().neg().exp().log1p()
+        F_ = log_f.cumsum(-1)
         self.a = self.rows(i) - F_
         self.g, self.source = self.a.cummax(-1)  # the token that sets a row's maximum
         self.bound = (-F_ - self.g).exp()  # exp(−m)
-        T = min(CHUNK, S)
-        self.future = torch.ones((T, T), dtype=torch.bool, device=q.device).triu(1)
+        self.t = torch.arange(min(CHUNK, S), device=q.device)
 
     def rows(self, x: Tensor) -> Tensor:
         """A number for each token and head (B, S, H), as float64 (B·H, S)."""
@@ -68,12 +69,19 @@ class _Cell:
         """The state before the first chunk, or its gradient after the last."""
         return self.q.new_zeros((self.B * self.H, self.Dh, self.Dh + 1), dtype=self.chunks.dtype)
 
+    def fill_from(self, x, diagonal, value):
+        """`x` (B·H, T, T) with `value` on and above a diagonal.
+
+        As `triu` and `tril`, which start torch's threads however small the matrix.
+        """
+        t = self.t[: x.shape[-1]]
+        return x.masked_fill_(t >= t.unsqueeze(1) + diagonal, value)
+
     def within(self, chunk):
         """exp(a_j − g_i) for j ≤ i, else 0: (B·H, T, T)."""
         a, g = self.a[:, chunk], self.g[:, chunk]
         weight = (a.unsqueeze(1) - g.unsqueeze(2)).to(self.chunks.dtype)
-        T = a.shape[1]
-        return weight.masked_fill_(self.future[:T, :T], -torch.inf).exp_()
+        return self.fill_from(weight, 1, -torch.inf).exp_()
 
     def across(self, chunk):
         """What multiplies the state before a chunk in each row, each key in the state after it,
@@ -159,7 +167,7 @@ def backward(dh, q, k, v, i, f, h, sums, reverse, eps):
         dk_ = (v1 @ dstate.mT) * to_state
         dv_ = (k_ @ dstate) * to_state
 
-        E = (scores * dP).tril_(-1)
+        E = cell.fill_from(scores * dP, 0, 0)
         dF[:, chunk] = (q_ * dq_).sum(-1) + E.sum(2) - (k_ * dk_).sum(-1) - E.sum(1)
         dq_ = torch.baddbmm(dq_, dP, k_)
         dk_.baddbmm_(dP.mT, q_)

@@ -96,21 +96,16 @@ def _(u, dt, A, B, C, D, z, dt_bias, reverse, backend):
     return u.new_empty(u.shape), states
 
 
-@torch.library.custom_op('visionseq_mm::selective_scan_backward', mutates_args=())
-def _backward(
-    dout: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    states: Tensor,
-    reverse: bool,
-    backend: str,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    'visionseq_mm::selective_scan_backward',
+    mutates_args=(),
+    schema=(
+        '(Tensor dout, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, '
+        'Tensor? z, Tensor? dt_bias, Tensor states, bool reverse, '
+        'str backend) -> Tensor[]'
+    ),
+)
+def _backward(dout, u, dt, A, B, C, D, z, dt_bias, states, reverse, backend):
     """Gradients of those of the eight tensors that are there."""
     with torch.autocast(u.device.type, enabled=False):
         return BACKENDS[backend].backward(dout, u, dt, A, B, C, D, z, dt_bias, states, reverse)
