@@ -126,7 +126,7 @@ def misses_with_clusters_of_float64(golden, monkeypatch):
 
 def clusters(order, num_clusters):
     """Cluster of each token: (B, H, L) order of ``sec_partition`` -> (B, H, L)."""
-    place = order.long().argsort(-1)
+    place = order.argsort(-1)  # of each token
     # Cluster c begins at the place c * L // K.
     borders = torch.arange(1, num_clusters) * order.shape[-1] // num_clusters
-    return torch.bucketize(place, borders, right=True)
+    return torch.bucketize(place.contiguous(), borders, right=True)

@@ -21,10 +21,12 @@ if digit_version(torch.__version__) < digit_version('2.6.0'):
         'Install a newer torch, e.g. `pip install "torch>=2.6" torchvision`.'
     )
 
+from visionseq_mm import checkpoints
 from visionseq_mm.compat import autoload, safe_load
 
 autoload.install()
 safe_load.install()
+checkpoints.install()
 
 MODELS = Registry(
     'model',

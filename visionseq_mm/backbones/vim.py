@@ -105,7 +105,9 @@ class VimBlock(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, residual):
-        branch = self.mixer(self.norm(residual))
+        # The stream is wider than the weights of a model that was cast to half precision.
+        tokens = self.norm(residual).to(self.norm.weight.dtype)
+        branch = self.mixer(tokens)
         return residual + self.drop_path(branch), branch
 
 
@@ -260,9 +262,10 @@ class Vim(PlainBackbone):
         for i, block in enumerate(self.blocks):
             residual, branch = self.run(block, residual)
             if i in self.out_indices and self.out_type == 'featmap':
-                maps.append(self.to_map(residual if self.feature == 'stream' else branch, hw))
+                feature = residual if self.feature == 'stream' else branch
+                maps.append(self.to_map(feature.to(image.dtype), hw))
         if self.out_type == 'cls':
-            return (self.pool(self.final_norm(residual), hw),)
+            return (self.pool(self.final_norm(residual), hw).to(image.dtype),)
         return self.normalize_outputs(maps)
 
     def pool(self, tokens, hw):

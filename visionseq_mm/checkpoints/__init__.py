@@ -3,11 +3,19 @@
 from visionseq_mm.checkpoints.loading import (
     CheckpointMismatchError,
     adapt,
+    convert,
     rename,
     select_weights,
+    weights_key,
 )
 from visionseq_mm.checkpoints.names import SECVIT, VIL, VIM
-from visionseq_mm.checkpoints.published import PUBLISHED, Published, fetch
+from visionseq_mm.checkpoints.published import (
+    PUBLISHED,
+    Published,
+    find_published,
+    install,
+    published_table,
+)
 
 __all__ = [
     'PUBLISHED',
@@ -17,7 +25,11 @@ __all__ = [
     'CheckpointMismatchError',
     'Published',
     'adapt',
-    'fetch',
+    'convert',
+    'find_published',
+    'install',
+    'published_table',
     'rename',
     'select_weights',
+    'weights_key',
 ]

@@ -5,44 +5,69 @@ import re
 from collections.abc import Mapping
 
 from mmengine.logging import print_log
+from torch import Tensor
 
 
 class CheckpointMismatchError(RuntimeError):
     """A checkpoint that is not this backbone's."""
 
 
-def select_weights(checkpoint, prefer_ema=False):
-    """Tensors of a checkpoint: bare, or under 'model', 'model_ema' or 'state_dict'.
+def weights_key(checkpoint, prefer_ema=False):
+    """The entry of ``checkpoint`` that holds its weights; None: it is bare.
 
     Args:
         checkpoint (Mapping): What the file held, or a state dict.
         prefer_ema (bool): Where both 'model' and 'model_ema' are there, which
-            one to take; the choice is logged.
+            one to take.
+    """
+    nested = [k for k in ('model', 'model_ema', 'state_dict') if _has_tensors(checkpoint.get(k))]
+    if prefer_ema and 'model_ema' in nested:
+        return 'model_ema'
+    return nested[0] if nested else None
+
+
+def _has_tensors(entry):
+    return isinstance(entry, Mapping) and any(isinstance(v, Tensor) for v in entry.values())
+
+
+def select_weights(checkpoint, prefer_ema=False):
+    """Tensors of a checkpoint: bare, or under 'model', 'model_ema' or 'state_dict'.
+
+    Args:
+        checkpoint, prefer_ema: See :func:`weights_key`; a choice between
+            'model' and 'model_ema' is logged.
 
     Returns:
-        dict: {name: tensor}, without the prefix of a DistributedDataParallel.
+        dict: {name: tensor}, without the prefix of a DistributedDataParallel
+        and without what is no tensor.
+
+    Raises:
+        CheckpointMismatchError: For a checkpoint with entries, but no tensor.
     """
-    nested = [
-        k for k in ('model', 'model_ema', 'state_dict') if isinstance(checkpoint.get(k), Mapping)
-    ]
-    if {'model', 'model_ema'} <= set(nested):
-        key = 'model_ema' if prefer_ema else 'model'
-        print_log(
-            f'The checkpoint holds both model and model_ema: took {key}.',
-            logger='current',
+    key = weights_key(checkpoint, prefer_ema)
+    if all(_has_tensors(checkpoint.get(k)) for k in ('model', 'model_ema')):
+        print_log(f'The checkpoint holds both model and model_ema: took {key}.', logger='current')
+    weights = checkpoint[key] if key else checkpoint
+    tensors = {k: v for k, v in weights.items() if isinstance(v, Tensor)}
+    if checkpoint and not tensors:
+        raise CheckpointMismatchError(
+            'There are no weights in this checkpoint, neither by themselves nor under model, '
+            f'model_ema or state_dict. It has {_listed(checkpoint)}.'
         )
-        checkpoint = checkpoint[key]
-    elif nested:
-        checkpoint = checkpoint[nested[0]]
-    if checkpoint and all(k.startswith('module.') for k in checkpoint):
-        checkpoint = {k[len('module.') :]: v for k, v in checkpoint.items()}
-    return dict(checkpoint)
+    if all(k.startswith('module.') for k in tensors):
+        tensors = {k.removeprefix('module.'): v for k, v in tensors.items()}
+    return tensors
 
 
 def rename(tensors, table):
-    """Apply a table of ``names`` to {name: tensor}."""
-    renamed = {}
-    for name, tensor in tensors.items():
+    """Apply a table of ``names`` to {name: tensor}.
+
+    Raises:
+        CheckpointMismatchError: Where two names become one.
+    """
+    renamed, sources = {}, {}
+    for source, tensor in tensors.items():
+        name = source
         for pattern, replacement in table:
             if replacement is None:
                 if re.search(pattern, name):
@@ -50,7 +75,12 @@ def rename(tensors, table):
             else:
                 name = re.sub(pattern, replacement, name)
         else:
-            renamed[name] = tensor
+            if name in renamed:
+                raise CheckpointMismatchError(
+                    f'The checkpoint has both {sources[name]} and {source}, names of the same '
+                    f'tensor, {name}. Leave one of them out.'
+                )
+            renamed[name], sources[name] = tensor, source
     return renamed
 
 
@@ -74,32 +104,21 @@ def adapt(backbone, tensors, prefix=''):
     tensors = {k: v for k, v in tensors.items() if not k.startswith('head.')}
     tensors = backbone.convert_tensors(tensors)
     tensors = {k: v for k, v in tensors.items() if not backbone.is_left_out(k)}
-    # Counters do not matter, and no ImageNet file has the norms of the outputs.
-    own = {
-        k: v
-        for k, v in backbone.state_dict().items()
-        if not k.endswith('num_batches_tracked') and not k.startswith('out_norms.')
-    }
-    given = {
-        k: v
-        for k, v in tensors.items()
-        if not k.endswith('num_batches_tracked') and not k.startswith('out_norms.')
-    }
+    own = _counted(backbone.state_dict())
+    given = _counted(tensors)
     missing = [k for k in own if k not in given]
     unexpected = [k for k in given if k not in own]
     misshapen = [
-        f'{k}: {tuple(getattr(given[k], "shape", ()))} in the checkpoint, {tuple(v.shape)} here'
+        f'{k}: {tuple(given[k].shape)} in the checkpoint, {tuple(v.shape)} here'
         for k, v in own.items()
-        if k in given and getattr(given[k], 'shape', None) != v.shape
+        if k in given and given[k].shape != v.shape
     ]
     matched = len(own) - len(missing) - len(misshapen)
-    share = matched / max(len(own), len(given))
-    if share < backbone.min_matched:
-        name = type(backbone).__name__
+    if matched < backbone.min_matched * max(len(own), len(given)):
         lines = [
-            f'This checkpoint does not fit the backbone {name}: {matched} tensors match in name '
-            f'and shape, of {len(own)} here and {len(given)} in the checkpoint '
-            f'(min_matched={backbone.min_matched}).'
+            f'This checkpoint does not fit the backbone {type(backbone).__name__}: {matched} '
+            f'tensors match in name and shape, of {len(own)} here and {len(given)} in the '
+            f'checkpoint (min_matched={backbone.min_matched}).'
         ]
         for title, names in (
             ('missing', missing),
@@ -107,8 +126,7 @@ def adapt(backbone, tensors, prefix=''):
             ('misshapen', misshapen),
         ):
             if names:
-                rest = f', and {len(names) - 8} more' if len(names) > 8 else ''
-                lines.append(f'{title} ({len(names)}): {", ".join(names[:8])}{rest}')
+                lines.append(f'{title} ({len(names)}): {_listed(names)}')
         lines.append(_advice(given, matched, prefix))
         raise CheckpointMismatchError('\n'.join(lines))
     if misshapen or missing:
@@ -120,13 +138,64 @@ def adapt(backbone, tensors, prefix=''):
     return tensors
 
 
+def convert(backbone, checkpoint):
+    """An official checkpoint as a state dict in our names.
+
+    Loads it into ``backbone``, strictly, so that all of it must fit.
+
+    Args:
+        backbone (SequenceBackbone): What it belongs to; overwritten.
+        checkpoint (Mapping): What the file held.
+
+    Returns:
+        dict: {name: tensor}. With ``out_type='featmap'`` those of the
+        backbone; with 'cls' those of mmpretrain's ImageClassifier with a
+        LinearClsHead, ``backbone.*`` and ``head.fc.*``.
+
+    Raises:
+        CheckpointMismatchError: For another model's checkpoint, or 'cls'
+            without a classifier.
+    """
+    weights = select_weights(checkpoint, backbone.prefer_ema())
+    backbone.load_state_dict(weights)
+    tensors = dict(backbone.state_dict())
+    if backbone.out_type == 'featmap':
+        return tensors
+    names = rename(weights, backbone.official_names)
+    if not {'head.fc.weight', 'head.fc.bias'} <= set(names):
+        raise CheckpointMismatchError(
+            'There is no classifier in this checkpoint: convert it for dense prediction instead.'
+        )
+    return {
+        **{f'backbone.{k}': v for k, v in tensors.items()},
+        'head.fc.weight': names['head.fc.weight'].flatten(1),  # SecViT's is a 1x1 convolution
+        'head.fc.bias': names['head.fc.bias'],
+    }
+
+
+def _counted(tensors):
+    """Without counters, which do not matter, and output norms, which no ImageNet file has."""
+    return {
+        k: v
+        for k, v in tensors.items()
+        if not k.endswith('num_batches_tracked') and not k.startswith('out_norms.')
+    }
+
+
+def _listed(names, limit=8):
+    names = list(names)
+    rest = f', and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(names[:limit]) + rest
+
+
 def _advice(given, matched, prefix):
     """What to do about a checkpoint of which ``matched`` tensors fit."""
     if prefix and not given:
         return (
             f'No tensor in it is named {prefix}*. A file of ImageNet weights belongs into the '
             "backbone, init_cfg=dict(type='Pretrained', checkpoint=...), not into load_from or "
-            '--checkpoint of a whole model; min_matched=0 would leave the backbone as it is.'
+            '--checkpoint of a whole model; for a classifier, tools/convert_checkpoint.py '
+            '--task cls makes a file of a whole model from it.'
         )
     inner = next((k for k in given if 'backbone.' in k), None)
     if not matched and inner:

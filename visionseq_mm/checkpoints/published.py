@@ -2,7 +2,7 @@
 
 Nothing here was downloaded by this project: addresses, accuracies and which
 weights they belong to are those of the official repositories' READMEs, code
-and training logs.
+and training logs, unless the note says otherwise.
 """
 
 from dataclasses import dataclass, replace
@@ -19,18 +19,20 @@ class Published:
     Attributes:
         backbone: Arguments that build the backbone it belongs to.
         file: The file's name where it was published.
-        url: Address, or None where only a person can fetch it.
-        source: Page that describes it.
+        url: Address of the file, or None where only a person can fetch it.
+        page: Where a person finds it.
+        source: The official repository, which describes it.
         weights: Key whose accuracy was published: 'model', 'model_ema' or
             'state_dict'; None where the sources do not say.
         top1: Published ImageNet top-1 accuracy in percent.
-        licence: Licence of the repository.
+        licence: Licence of the repository; the files state none of their own.
         note: What could not be checked, or is odd.
     """
 
     backbone: dict
     file: str
     url: str | None
+    page: str
     source: str
     weights: str | None
     top1: float
@@ -38,47 +40,50 @@ class Published:
     note: str = ''
 
 
-def _vim(arch, stride, repository, file, top1, note=''):
-    hub = 'https://huggingface.co/hustvl'
+def _vim(arch, stride, repository, file, top1):
+    page = f'https://huggingface.co/hustvl/{repository}'
     return Published(
         backbone=dict(type='visionseq_mm.Vim', arch=arch, stride=stride),
         file=file,
-        url=f'{hub}/{repository}/resolve/main/{file}',
+        url=f'{page}/resolve/main/{file}',
+        page=page,
         source='https://github.com/hustvl/Vim',
         weights=None,
         top1=top1,
         licence='Apache-2.0',
-        note=note
-        or 'The README evaluates model_ema by default; whether the file still holds it was not '
-        'checked. Where it holds both, model is taken.',
+        note='The README names the repository; the name of the file is from public code that '
+        'loads it. The official evaluation runs model and model_ema and the README does not say '
+        'whose accuracy it lists: model is taken.',
     )
 
 
 def _vil(version, arch, file, top1, stride=16, note=''):
+    page = 'https://ml.jku.at/research/vision_lstm/download/'
     return Published(
         backbone=dict(type='visionseq_mm.ViL', version=version, arch=arch, stride=stride),
         file=file,
-        url=f'https://ml.jku.at/research/vision_lstm/download/{file}',
+        url=page + file,
+        page=page,
         source='https://github.com/NX-AI/vision-lstm',
         weights='state_dict',
         top1=top1,
-        licence='Apache-2.0',
+        licence='MIT, the model code Apache-2.0',
         note=note,
     )
 
 
-def _secvit(arch, file, weights, top1):
+def _secvit(arch, file, weights, top1, share):
     return Published(
         backbone=dict(type='visionseq_mm.SecViT', arch=arch),
         file=file,
         url=None,
+        page=f'https://pan.baidu.com/s/{share}',
         source='https://github.com/qhfan/SecViT',
         weights=weights,
         top1=top1,
         licence='MIT',
-        note='It lies on a share (Baidu Pan) that asks for a password: follow the link in the '
-        "README's table of models and download it in a browser. Which of model and model_ema "
-        'gave the accuracy is from the training logs; the file was not checked.',
+        note=f"The best accuracy of the training log is that of {weights}; the file's name and "
+        'what it holds were not checked.',
     )
 
 
@@ -104,7 +109,7 @@ PUBLISHED = {
         _vil(1, 'tinyplus', 'the stride-8 file of ViL-T+', 80.0, stride=8),
         url=None,
         note='Its address is not published: the official hub entry of this name points to the '
-        'stride-16 file. Ask its authors.',
+        'file of vil-tinyplus.',
     ),
     'vil-small': _vil(1, 'small', 'vil_small16_e400_in1k.th', 80.7),
     'vil-smallplus': _vil(1, 'smallplus', 'vil_smallplus16_e400_in1k.th', 80.9),
@@ -113,14 +118,14 @@ PUBLISHED = {
     ),
     'vil-base': _vil(1, 'base', 'vil_base16_e400_in1k.th', 81.6),
     'vil-base-stride8': _vil(1, 'base', 'vil_base16_e400_in1k_stride8.th', 82.7, stride=8),
-    'secvit-tiny': _secvit('tiny', 'SecViT-T', 'model', 82.6),
-    'secvit-small': _secvit('small', 'SecViT-S', 'model_ema', 84.2),
-    'secvit-base': _secvit('base', 'SecViT-B', 'model_ema', 85.0),
-    'secvit-large': _secvit('large', 'SecViT-L', 'model_ema', 85.6),
+    'secvit-tiny': _secvit('tiny', 'SecViT-T', 'model', 82.6, '1DLAnq0Q_6v50vbs3w8cbrQ?pwd=56ez'),
+    'secvit-small': _secvit('small', 'SecViT-S', 'model_ema', 84.2, '1oMaCsXFjsawy3vllV7zmwg?pwd=ga8j'),
+    'secvit-base': _secvit('base', 'SecViT-B', 'model_ema', 85.0, '19By5MEvs7ej_t4JlXrMhWQ?pwd=vgv9'),
+    'secvit-large': _secvit('large', 'SecViT-L', 'model_ema', 85.6, '1J3cckabSXPD-XUd3XHR7Lw?pwd=558b'),
 }
 
 
-def published(name):
+def find_published(name):
     """The entry ``name``, with or without 'visionseq://'.
 
     Raises:
@@ -134,8 +139,7 @@ def published(name):
     return PUBLISHED[name]
 
 
-@CheckpointLoader.register_scheme(prefixes=SCHEME, force=True)
-def fetch(filename, map_location=None, logger='current'):
+def load_from_visionseq(filename, map_location=None):
     """Load ``visionseq://NAME``: mmengine's loader of the scheme.
 
     Raises:
@@ -143,11 +147,32 @@ def fetch(filename, map_location=None, logger='current'):
         FileNotFoundError: For a file that cannot be downloaded by a program;
             says where it is and how to use it.
     """
-    entry = published(filename)
+    entry = find_published(filename)
     if entry.url is None:
         raise FileNotFoundError(
-            f'{filename} ({entry.file}, {entry.source}) cannot be downloaded by a program. '
-            f'{entry.note} Then give its path instead: '
-            "init_cfg=dict(type='Pretrained', checkpoint='/path/to/the/file')."
+            f'{filename} cannot be downloaded by a program. {entry.note} Find {entry.file} of '
+            f'{entry.source} on {entry.page} with a browser, download it, and give its path: '
+            "init_cfg=dict(type='Pretrained', checkpoint='path/of/the/file')."
         )
-    return CheckpointLoader.load_checkpoint(entry.url, map_location, logger)
+    return CheckpointLoader.load_checkpoint(entry.url, map_location)
+
+
+def install():
+    """Make ``visionseq://NAME`` known to mmengine; calling it again changes nothing."""
+    CheckpointLoader.register_scheme(prefixes=SCHEME, loader=load_from_visionseq, force=True)
+
+
+def published_table():
+    """``PUBLISHED`` as the Markdown table of docs/checkpoints.md."""
+    lines = [
+        '| `visionseq://` | file | backbone | top-1 | weights | licence |',
+        '|---|---|---|---|---|---|',
+    ]
+    for name, entry in PUBLISHED.items():
+        settings = ', '.join(f'{k} {v}' for k, v in entry.backbone.items() if k != 'type')
+        file = f'[{entry.file}]({entry.url or entry.page})' + ('' if entry.url else ', by hand')
+        lines.append(
+            f'| {name} | {file} | {entry.backbone["type"].split(".")[1]}: {settings} '
+            f'| {entry.top1} | {entry.weights or "not said"} | {entry.licence} |'
+        )
+    return '\n'.join(lines)

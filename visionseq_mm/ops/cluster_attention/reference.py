@@ -35,11 +35,11 @@ def partition(k, num_clusters, valid):
     return cosine.transpose(1, 2).sort(dim=-1, stable=True).indices.int()
 
 
-def clusters(idx: Tensor, num_clusters: int, valid: Tensor | None, heads: int) -> Iterator[Tensor]:
+def clusters(idx: Tensor, num_clusters: int, valid: Tensor | None) -> Iterator[Tensor]:
     """All clusters as rows (G, T), gathered by length T so that no mask is needed."""
     B, H, L = idx.shape
     tokens = idx + torch.arange(B, device=idx.device)[:, None, None] * L
-    rows = tokens * heads + torch.arange(H, device=idx.device)[:, None]  # int64
+    rows = tokens * H + torch.arange(H, device=idx.device)[:, None]  # int64
     counts = [L] * B if valid is None else valid.sum(1).tolist()
     for n in sorted(set(counts) - {0}):
         samples = rows
@@ -63,10 +63,10 @@ def forward(q, k, v, idx, num_clusters, valid):
     inputs = [x.reshape(-1, x.shape[-1]).to(common) for x in (q, k, v)]
     out = v.new_zeros(v.shape)
     flat = out.view(-1, v.shape[-1])
-    for rows in clusters(idx, num_clusters, valid, q.shape[2]):
+    for rows in clusters(idx, num_clusters, valid):
         q_, k_, v_ = (x.index_select(0, rows.view(-1)).view(1, *rows.shape, -1) for x in inputs)
         y = F.scaled_dot_product_attention(q_, k_, v_)
-        flat.index_copy_(0, rows.view(-1), y.view(-1, v.shape[-1]).to(v.dtype))
+        flat.index_copy_(0, rows.view(-1), y.reshape(-1, v.shape[-1]).to(v.dtype))
     return out
 
 
@@ -82,7 +82,7 @@ def backward(dout, q, k, v, idx, num_clusters, valid):
     inputs = [x.reshape(-1, Dh) for x in (q, k, v, dout)]
     grads = [x.new_zeros(x.shape) for x in (q, k, v)]
     flat = [x.view(-1, Dh) for x in grads]
-    for group in clusters(idx, num_clusters, valid, q.shape[2]):
+    for group in clusters(idx, num_clusters, valid):
         length = group.shape[1]
         for rows in group.split(max(1, BLOCK // length**2)):
             q_, k_, v_, dy = (

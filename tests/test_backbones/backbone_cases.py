@@ -1,0 +1,78 @@
+"""Small models for the tests that all three backbones share."""
+
+import torch
+from torch import nn
+
+from visionseq_mm.backbones import SecViT, ViL, Vim
+
+PLAIN = dict(embed_dims=16, depth=4)
+PYRAMID = dict(
+    embed_dims=(16, 16, 32, 32),
+    depths=(1, 2, 1, 1),
+    num_heads=(2, 2, 4, 2),
+    layer_scale=(False, False, True, True),
+)
+
+#: {name: (class, arguments)}: every model has four outputs, and table grids unlike the images'.
+CASES = {
+    'vim': (Vim, dict(arch=PLAIN, img_size=64)),
+    'vim-stride8': (Vim, dict(arch=PLAIN, img_size=64, stride=8)),
+    'vil1': (ViL, dict(arch=PLAIN, img_size=64, version=1)),
+    'vil1-stride8': (ViL, dict(arch=PLAIN, img_size=64, version=1, stride=8)),
+    'vil2': (ViL, dict(arch=PLAIN, img_size=64)),
+    'secvit': (SecViT, dict(arch=PYRAMID, num_clusters=(4, 3, 2, 1))),
+}
+#: One for each class and version.
+KINDS = ('vim', 'vil1', 'vil2', 'secvit')
+PLAIN_KINDS = ('vim', 'vil1', 'vil2')
+
+
+def build(name, seed=0, **kwargs):
+    """Model ``name`` with ``kwargs`` added, its weights as the constructor draws them."""
+    torch.manual_seed(seed)
+    cls, arguments = CASES[name]
+    return cls(**{**arguments, **kwargs})
+
+
+def randomize(model, seed=0):
+    """Float64, in eval mode, with no parameter or buffer at a value that hides an error."""
+    model.double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+            if tensor.dim() < 2 or tensor.shape[0] == 1:
+                tensor += 0.2 * noise
+            elif tensor.shape[-1] == 16 and tensor[0, -1] > 2:  # A_log: log(1) ... log(16)
+                tensor += 0.1 * noise
+            else:
+                tensor.copy_(noise / tensor[0].numel() ** 0.5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.abs_().add_(0.1)
+    return model
+
+
+def image(height, width, batch=1, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, height, width, generator=generator, dtype=dtype)
+
+
+def loss_of(outputs):
+    """A number to which every element of every output contributes with another weight."""
+    total = 0
+    for i, out in enumerate(outputs):
+        generator = torch.Generator().manual_seed(i)
+        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        total = total + (out * weight.to(out.dtype)).sum()
+    return total
+
+
+def gradients(model, *inputs):
+    """Outputs, and {parameter name: gradient or None} of their :func:`loss_of`."""
+    model.zero_grad(set_to_none=True)
+    outputs = model(*inputs)
+    loss_of(outputs).backward()
+    return outputs, {name: p.grad for name, p in model.named_parameters()}
