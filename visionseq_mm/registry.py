@@ -5,7 +5,8 @@ mmengine imports ``<scope>.registry`` when it meets a scoped type, so that
 without a ``custom_imports`` of the modules themselves (``locations`` does it).
 
 Importing this module also puts the stand-in for mmcv's compiled operators and
-the safe checkpoint loaders in place (see ``visionseq_mm.compat``).
+the safe checkpoint loaders in place (see ``visionseq_mm.compat``), and makes
+``visionseq://`` known to mmengine (see ``visionseq_mm.checkpoints``).
 """
 
 import torch

@@ -39,14 +39,12 @@ def randomize(model, seed=0):
     model.double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if not tensor.is_floating_point():
                 continue
             noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-            if tensor.dim() < 2 or tensor.shape[0] == 1:
+            if tensor.dim() < 2 or tensor.shape[0] == 1 or name.endswith('_log'):
                 tensor += 0.2 * noise
-            elif tensor.shape[-1] == 16 and tensor[0, -1] > 2:  # A_log: log(1) ... log(16)
-                tensor += 0.1 * noise
             else:
                 tensor.copy_(noise / tensor[0].numel() ** 0.5)
     for module in model.modules():

@@ -1,7 +1,7 @@
 """The three models again, written token by token, block by block from the papers' equations.
 
-Slow and plain on purpose: both directions by flipping, no fused form, no op of the package, and
-square roots of nothing: each takes the modules' parameters and the image's own size.
+Slow and plain on purpose: directions by flipping, gates and halves where the papers have them, no
+op of the package. A twin takes a model for its parameters alone.
 """
 
 import math

@@ -317,10 +317,10 @@ class SecViT(SequenceBackbone):
         return self.arch in ('small', 'base', 'large')
 
     def is_left_out(self, name):
-        match name.split('.'):
-            case ['stages', stage, 'blocks', block, *_]:
-                return len(self.stages) <= int(stage) < 4 and int(block) < self.depths[int(stage)]
-            case ['stages', stage, 'downsample', *_]:
-                return len(self.stages) - 1 <= int(stage) < 3
+        match [int(part) if part.isdigit() else part for part in name.split('.')]:
+            case ['stages', int(stage), 'blocks', int(block), *_]:
+                return len(self.stages) <= stage < 4 and block < self.depths[stage]
+            case ['stages', int(stage), 'downsample', *_]:
+                return len(self.stages) - 1 <= stage < 3
             case [first, *_]:
                 return self.out_type == 'featmap' and first in ('proj', 'final_norm')

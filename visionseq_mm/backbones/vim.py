@@ -277,45 +277,45 @@ class Vim(PlainBackbone):
     # ------------------------------------------------------------ checkpoints
 
     def convert_tensors(self, tensors):
-        """Split an official position table (1, rows, D) into patches and class rows."""
-        table = tensors.get('pos_embed')
+        """Join the tokens of 'double'; split an official position table (1, rows, D)."""
+        ends = ('cls_token_head', 'cls_token_tail')
+        if all(k in tensors for k in ends):
+            tensors['cls_token'] = torch.cat([tensors.pop(k) for k in ends], dim=1)
+        table, token = tensors.get('pos_embed'), tensors.get('cls_token')
         if table is not None and table.ndim == 3:
-            patches, cls = self.split_table(table)
+            patches, cls = self.split_table(table, None if token is None else token.shape[1])
             tensors['pos_embed'] = patches
             if cls.shape[1]:
                 tensors['cls_pos_embed'] = cls
-        if 'cls_token_head' in tensors and 'cls_token_tail' in tensors:
-            tensors['cls_token'] = torch.cat(
-                [tensors.pop('cls_token_head'), tensors.pop('cls_token_tail')], dim=1
-            )
         return super().convert_tensors(tensors)
 
-    def split_table(self, table):
+    def split_table(self, table, num_cls=None):
         """(1, rows, D) -> ((1, h, w, D), (1, class rows, D)).
 
         The grid is that of ``img_size`` where the number of rows agrees, else
         a square. The number of class rows follows from the count, their place
         from ``cls_token``.
+
+        Args:
+            num_cls (int | None): Class tokens in the checkpoint, without which
+                9 x 9 patches could be 8 x 10 and a class row; None: unknown.
         """
         rows = table.shape[1]
         own = tuple(self.pos_embed.shape[1:3])
-        kinds = sorted((0, 1, 2), key=lambda n: n != self.num_cls_tokens)
-        for n in kinds:
-            if rows - n == math.prod(own):
-                grid, extra = own, n
-                break
-        else:
-            for n in kinds:
-                side = math.isqrt(max(rows - n, 0))
-                if side and side * side == rows - n:
-                    grid, extra = (side, side), n
-                    break
-            else:
-                raise checkpoints.CheckpointMismatchError(
-                    f'a position table of {rows} rows is neither the grid {own[0]}x{own[1]} of '
-                    'this img_size nor a square, with none, one or two class rows beside it. '
-                    'Give the backbone the img_size that the checkpoint was trained at.'
-                )
+        likely = self.num_cls_tokens if num_cls is None else num_cls
+        kinds = sorted((0, 1, 2), key=lambda n: n != likely)
+        found = [(own, n) for n in kinds if rows - n == math.prod(own)]
+        for n in kinds if num_cls is None else [num_cls]:
+            side = math.isqrt(max(rows - n, 0))
+            if side and side * side == rows - n:
+                found.append(((side, side), n))
+        if not found:
+            raise checkpoints.CheckpointMismatchError(
+                f'a position table of {rows} rows is neither the grid {own[0]}x{own[1]} of '
+                'this img_size nor a square, class rows aside. Give the backbone the img_size '
+                'that the checkpoint was trained at.'
+            )
+        grid, extra = found[0]
         if extra not in (0, self.num_cls_tokens):
             raise checkpoints.CheckpointMismatchError(
                 f'the position table has {extra} class row(s), and '

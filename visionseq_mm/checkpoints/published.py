@@ -119,9 +119,15 @@ PUBLISHED = {
     'vil-base': _vil(1, 'base', 'vil_base16_e400_in1k.th', 81.6),
     'vil-base-stride8': _vil(1, 'base', 'vil_base16_e400_in1k_stride8.th', 82.7, stride=8),
     'secvit-tiny': _secvit('tiny', 'SecViT-T', 'model', 82.6, '1DLAnq0Q_6v50vbs3w8cbrQ?pwd=56ez'),
-    'secvit-small': _secvit('small', 'SecViT-S', 'model_ema', 84.2, '1oMaCsXFjsawy3vllV7zmwg?pwd=ga8j'),
-    'secvit-base': _secvit('base', 'SecViT-B', 'model_ema', 85.0, '19By5MEvs7ej_t4JlXrMhWQ?pwd=vgv9'),
-    'secvit-large': _secvit('large', 'SecViT-L', 'model_ema', 85.6, '1J3cckabSXPD-XUd3XHR7Lw?pwd=558b'),
+    'secvit-small': _secvit(
+        'small', 'SecViT-S', 'model_ema', 84.2, '1oMaCsXFjsawy3vllV7zmwg?pwd=ga8j'
+    ),
+    'secvit-base': _secvit(
+        'base', 'SecViT-B', 'model_ema', 85.0, '19By5MEvs7ej_t4JlXrMhWQ?pwd=vgv9'
+    ),
+    'secvit-large': _secvit(
+        'large', 'SecViT-L', 'model_ema', 85.6, '1J3cckabSXPD-XUd3XHR7Lw?pwd=558b'
+    ),
 }
 
 

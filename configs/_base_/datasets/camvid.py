@@ -1,6 +1,9 @@
 # CamVid, 11 classes (Brostow et al. 2009; split and labels of the SegNet tutorial): 360x480 road
-# scenes; label maps are PNGs with the class index, 255 unlabelled.
+# scenes; label maps are PNGs with the class index, 255 unlabelled. Images are taken at half size, in
+# training and in testing, so that a crop shows the scene and a CPU gets through them; predictions
+# are scored at full size.
 data_root = '{{$CAMVID_ROOT:data/camvid}}'
+scale = (240, 180)
 crop_size = (160, 160)
 metainfo = dict(
     classes=(
@@ -33,7 +36,7 @@ metainfo = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='RandomResize', scale=(480, 360), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type='RandomResize', scale=scale, ratio_range=(0.9, 1.4), keep_ratio=True),
     dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
@@ -41,6 +44,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=scale, keep_ratio=True),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]

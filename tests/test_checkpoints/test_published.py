@@ -1,0 +1,138 @@
+"""The table of published files and ``visionseq://``, against a server of this test's own."""
+
+import dataclasses
+import functools
+import http.server
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import official_files
+import pytest
+import torch
+from mmengine.runner import CheckpointLoader
+
+from visionseq_mm.checkpoints import PUBLISHED, published_table
+from visionseq_mm.compat.safe_load import CheckpointError
+from visionseq_mm.registry import MODELS
+
+DOCS = Path(__file__).parents[2] / 'docs' / 'checkpoints.md'
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """``publish(name, checkpoint)``: what ``visionseq://name`` downloads from now on."""
+    folder = tmp_path / 'www'
+    folder.mkdir()
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=folder)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+
+        def publish(name, checkpoint):
+            entry = PUBLISHED[name]
+            if isinstance(checkpoint, bytes):
+                (folder / entry.file).write_bytes(checkpoint)
+            else:
+                torch.save(checkpoint, folder / entry.file)
+            url = f'http://127.0.0.1:{server.server_port}/{entry.file}'
+            monkeypatch.setitem(PUBLISHED, name, dataclasses.replace(entry, url=url))
+
+        yield publish
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ('name', 'family'),
+    [('vim-tiny', 'vim'), ('vil-tiny', 'vil'), ('vil2-tiny', 'vil2'), ('secvit-tiny', 'secvit')],
+)
+def test_download(name, family, publish):
+    weights, config = official_files.small(family)
+    publish(name, official_files.published_form(family, weights))
+    pretrained = dict(type='Pretrained', checkpoint=f'visionseq://{name}')
+    backbone = MODELS.build(dict(config, out_type='cls', init_cfg=pretrained))
+    backbone.init_weights()
+    expected = MODELS.build(dict(config, out_type='cls'))
+    expected.load_state_dict(weights)
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(backbone.state_dict()[key], tensor), key
+
+
+def test_page_instead_of_the_file(publish):
+    _, config = official_files.small('vim')
+    publish('vim-tiny', b'<!DOCTYPE html><html>Log in')
+    pretrained = dict(type='Pretrained', checkpoint='visionseq://vim-tiny')
+    with pytest.raises(CheckpointError, match='web page'):
+        MODELS.build(dict(config, init_cfg=pretrained)).init_weights()
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"'vim-huge'; there are vim-tiny, .*secvit-large"):
+        CheckpointLoader.load_checkpoint('visionseq://vim-huge')
+
+
+@pytest.mark.parametrize('name', [k for k, v in PUBLISHED.items() if v.url is None])
+def test_files_that_need_a_person(name):
+    with pytest.raises(FileNotFoundError) as caught:
+        CheckpointLoader.load_checkpoint(f'visionseq://{name}')
+    message, entry = str(caught.value), PUBLISHED[name]
+    for part in (entry.file, entry.page, entry.source, "init_cfg=dict(type='Pretrained'"):
+        assert part in message
+
+
+def test_names_and_entries():
+    """Each names a backbone that can be built, of the variant that its name says."""
+    sizes = dict(
+        vim=['tiny', 'small', 'base', 'tiny-stride8', 'small-stride8'],
+        vil2=['tiny', 'tiny-e400', 'small', 'base'],
+        vil=['tiny', 'tiny-e400', 'tinyplus', 'tinyplus-e400', 'tinyplus-stride8', 'small']
+        + ['smallplus', 'smallplus-stride8', 'base', 'base-stride8'],
+        secvit=['tiny', 'small', 'base', 'large'],
+    )
+    assert set(PUBLISHED) == {f'{family}-{size}' for family in sizes for size in sizes[family]}
+    urls = [entry.url for entry in PUBLISHED.values() if entry.url]
+    assert len(set(urls)) == len(urls)
+    for name, entry in PUBLISHED.items():
+        family, arch, *more = name.split('-')
+        with torch.device('meta'):
+            backbone = MODELS.build(entry.backbone)
+        assert entry.backbone['arch'] == arch
+        assert entry.backbone.get('stride', 16) == (8 if 'stride8' in more else 16)
+        if family.startswith('vil'):
+            assert backbone.version == (2 if family == 'vil2' else 1)
+        if entry.url:
+            assert entry.url.startswith('https://') and entry.url.endswith(f'/{entry.file}')
+        assert (family == 'secvit') <= (entry.url is None)
+        # What the loader takes is what the accuracy was published for, where that is known.
+        if entry.weights in ('model', 'model_ema'):
+            assert backbone.prefer_ema() == (entry.weights == 'model_ema')
+        accuracy = re.search(r'(\d\d)p(\d)acc', entry.file)
+        if accuracy:
+            assert entry.top1 == float('.'.join(accuracy.groups()))
+
+
+def test_known_after_importing_the_registry():
+    """Inferencers load weights before they build a model."""
+    code = (
+        'import visionseq_mm.registry\n'
+        'from mmengine.runner import CheckpointLoader\n'
+        "CheckpointLoader.load_checkpoint('visionseq://no-such')"
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert "no published checkpoint is named 'no-such'" in result.stderr
+
+
+def test_documented():
+    """On a miss, paste what published_table() returns."""
+    text = DOCS.read_text()
+    assert published_table() in text
+    for note in {entry.note for entry in PUBLISHED.values()}:
+        assert note == '' or note in ' '.join(text.split()), note
