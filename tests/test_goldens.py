@@ -13,13 +13,8 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Float64 depth-wise convolutions are many small calls, slower the more threads share them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Float64 depth-wise convolutions are one call for each channel.
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module', params=goldens.NAMES)

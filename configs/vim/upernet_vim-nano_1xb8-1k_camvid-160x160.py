@@ -23,4 +23,5 @@ model = dict(
     decode_head=dict(in_channels=[dims] * 4, channels=64, num_classes=num_classes),
     auxiliary_head=dict(in_channels=dims, channels=64, num_classes=num_classes),
 )
+optim_wrapper = dict(optimizer=dict(lr=2e-3))  # twice the schedule's: few iterations, from scratch
 default_hooks = dict(checkpoint=dict(interval=1000))

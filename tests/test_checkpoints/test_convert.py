@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 import torch
 from mmengine.runner import load_checkpoint
 from mmpretrain.registry import MODELS
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,6 +190,7 @@ def test_mim_test_mmpretrain(vim_tiny, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
     )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output

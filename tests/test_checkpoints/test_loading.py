@@ -15,6 +15,8 @@ from visionseq_mm.checkpoints import CheckpointMismatchError, select_weights
 from visionseq_mm.compat.safe_load import CheckpointError
 from visionseq_mm.registry import MODELS
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 FAMILIES = ['vim', 'vil', 'vil2', 'secvit']
 
 

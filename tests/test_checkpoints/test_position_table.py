@@ -10,6 +10,8 @@ import torch
 from visionseq_mm.checkpoints import CheckpointMismatchError
 from visionseq_mm.registry import MODELS
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 D = 192
 
 

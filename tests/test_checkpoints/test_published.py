@@ -90,14 +90,14 @@ def test_files_that_need_a_person(name):
 
 def test_names_and_entries():
     """Each names a backbone that can be built, of the variant that its name says."""
-    sizes = dict(
-        vim=['tiny', 'small', 'base', 'tiny-stride8', 'small-stride8'],
-        vil2=['tiny', 'tiny-e400', 'small', 'base'],
-        vil=['tiny', 'tiny-e400', 'tinyplus', 'tinyplus-e400', 'tinyplus-stride8', 'small']
-        + ['smallplus', 'smallplus-stride8', 'base', 'base-stride8'],
-        secvit=['tiny', 'small', 'base', 'large'],
-    )
-    assert set(PUBLISHED) == {f'{family}-{size}' for family in sizes for size in sizes[family]}
+    names = """
+        vim-tiny vim-small vim-base vim-tiny-stride8 vim-small-stride8
+        vil2-tiny vil2-tiny-e400 vil2-small vil2-base
+        vil-tiny vil-tiny-e400 vil-tinyplus vil-tinyplus-e400 vil-tinyplus-stride8
+        vil-small vil-smallplus vil-smallplus-stride8 vil-base vil-base-stride8
+        secvit-tiny secvit-small secvit-base secvit-large
+    """
+    assert sorted(PUBLISHED) == sorted(names.split())
     urls = [entry.url for entry in PUBLISHED.values() if entry.url]
     assert len(set(urls)) == len(urls)
     for name, entry in PUBLISHED.items():
@@ -132,7 +132,4 @@ def test_known_after_importing_the_registry():
 
 def test_documented():
     """On a miss, paste what published_table() returns."""
-    text = DOCS.read_text()
-    assert published_table() in text
-    for note in {entry.note for entry in PUBLISHED.values()}:
-        assert note == '' or note in ' '.join(text.split()), note
+    assert published_table() in DOCS.read_text()

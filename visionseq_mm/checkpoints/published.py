@@ -169,11 +169,12 @@ def install():
 
 
 def published_table():
-    """``PUBLISHED`` as the Markdown table of docs/checkpoints.md."""
+    """``PUBLISHED`` as Markdown: the table of docs/checkpoints.md and the notes below it."""
     lines = [
         '| `visionseq://` | file | backbone | top-1 | weights | licence |',
         '|---|---|---|---|---|---|',
     ]
+    notes = {}
     for name, entry in PUBLISHED.items():
         settings = ', '.join(f'{k} {v}' for k, v in entry.backbone.items() if k != 'type')
         file = f'[{entry.file}]({entry.url or entry.page})' + ('' if entry.url else ', by hand')
@@ -181,4 +182,8 @@ def published_table():
             f'| {name} | {file} | {entry.backbone["type"].split(".")[1]}: {settings} '
             f'| {entry.top1} | {entry.weights or "not said"} | {entry.licence} |'
         )
+        if entry.note:
+            notes.setdefault(entry.note, []).append(name)
+    lines.append('')
+    lines += [f'- {", ".join(names)}: {note}' for note, names in notes.items()]
     return '\n'.join(lines)
