@@ -68,4 +68,3 @@ def test_torch_that_is_too_old(tmp_path):
         print('both')
     """
     assert python(script, tmp_path) == 'both'
-

@@ -184,8 +184,7 @@ def vil_layer_twin(layer, tokens, hw):
     else:
         c = F.silu(grid_conv_twin(x, layer.conv, hw))
     q, k, v = (
-        headwise_twin(a, p)
-        for a, p in ((c, layer.q_proj), (c, layer.k_proj), (x, layer.v_proj))
+        headwise_twin(a, p) for a, p in ((c, layer.q_proj), (c, layer.k_proj), (x, layer.v_proj))
     )
     h = mlstm_cell_twin(layer.mlstm_cell, q, k, v)
     return affine((h + layer.learnable_skip * c) * F.silu(z), layer.proj_down)

@@ -165,9 +165,7 @@ def test_out_norm(name):
     for i, layer in enumerate(layers[-2:]):
         nn.init.constant_(layer.weight, 2 + i)
         nn.init.constant_(layer.bias, i)
-    for i, (raw, out) in enumerate(
-        zip(plain(image(48, 64)), normed(image(48, 64)), strict=True)
-    ):
+    for i, (raw, out) in enumerate(zip(plain(image(48, 64)), normed(image(48, 64)), strict=True)):
         mean, var = raw.mean(1, keepdim=True), raw.var(1, keepdim=True, unbiased=False)
         expected = (raw - mean) / (var + 1e-6).sqrt() * (2 + i) + i
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
@@ -177,7 +175,9 @@ def test_out_norm(name):
 def test_out_norm_of_batches(name):
     model = build(name, out_norm=dict(type='BN'))
     for out in model(image(64, 64, batch=4)):
-        torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(out.shape[1]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            out.mean((0, 2, 3)), torch.zeros(out.shape[1]), atol=1e-4, rtol=0
+        )
 
 
 @kinds

@@ -13,9 +13,7 @@ BACKBONES = {
     'vil': dict(type='visionseq_mm.ViL', arch=dict(embed_dims=32, depth=4), img_size=64),
 }
 VITDET = dict(type='visionseq_mm.MultiScaleAdapter', in_channels=32, out_channels=16)
-BEIT = dict(
-    type='visionseq_mm.MultiScaleAdapter', in_channels=[32] * 4, norm_cfg=dict(type='BN')
-)
+BEIT = dict(type='visionseq_mm.MultiScaleAdapter', in_channels=[32] * 4, norm_cfg=dict(type='BN'))
 SIZE = (64, 96)
 
 
@@ -48,7 +46,9 @@ def train_step(model, samples):
 
 def predict(model, samples, size):
     for sample in samples:
-        sample.set_metainfo(dict(img_shape=size, ori_shape=size, pad_shape=size))
+        sample.set_metainfo(
+            dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size)
+        )
     with torch.no_grad():
         return model.eval().predict(torch.randn(len(samples), 3, *size), samples)
 
@@ -136,7 +136,7 @@ def mask_rcnn(backbone, neck, width):
             in_channels=width,
             feat_channels=16,
             anchor_generator=dict(
-                type='AnchorGenerator', scales=[8], ratios=[1.0], strides=[4, 8, 16, 32, 64]
+                type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0], strides=[4, 8, 16, 32, 64]
             ),
             bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
             loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True),

@@ -47,12 +47,7 @@ def test_layers_of_beit():
     """Width kept, nothing after the rescaling."""
     neck = MultiScaleAdapter([16, 16, 16, 16], norm_cfg=dict(type='BN'))
     up = ('ConvTranspose2d', 16, 16)
-    assert layers_of(neck) == [up, ('_BatchNorm2d', 16), up, up] or layers_of(neck) == [
-        up,
-        ('BatchNorm2d', 16),
-        up,
-        up,
-    ]
+    assert layers_of(neck) == [up, ('BatchNorm2d', 16), up, up]
     outs = neck(maps(4))
     assert torch.equal(outs[2], maps(4)[2])
     assert torch.equal(outs[3], F.max_pool2d(maps(4)[3], 2))
@@ -92,9 +87,9 @@ def test_values_of_the_largest_scale(out_channels):
         nn.init.normal_(norm.weight)
 
     def ln(x, norm):
-        return F.layer_norm(x.movedim(1, -1), norm.weight.shape, norm.weight, norm.bias, 1e-6).movedim(
-            -1, 1
-        )
+        return F.layer_norm(
+            x.movedim(1, -1), norm.weight.shape, norm.weight, norm.bias, 1e-6
+        ).movedim(-1, 1)
 
     (x,) = maps()
     x = F.conv_transpose2d(x, up1.weight, up1.bias, stride=2)

@@ -1,7 +1,7 @@
 # CamVid, 11 classes (Brostow et al. 2009; split and labels of the SegNet tutorial): 360x480 road
-# scenes; label maps are PNGs with the class index, 255 unlabelled. Images are taken at half size, in
-# training and in testing, so that a crop shows the scene and a CPU gets through them; predictions
-# are scored at full size.
+# scenes; label maps are PNGs with the class index, 255 unlabelled. Images are taken at half size,
+# in training and in testing, so that a crop shows the scene and a CPU gets through them;
+# predictions are scored at full size.
 data_root = '{{$CAMVID_ROOT:data/camvid}}'
 scale = (240, 180)
 crop_size = (160, 160)
