@@ -6,7 +6,7 @@ _base_ = [
 ]
 crop_size = (160, 160)
 num_classes = 11
-dims = (32, 64, 96, 128)
+dims = (32, 64, 96, 128)  # half of SecViT-T's and less, with heads of 16 channels
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(

@@ -6,7 +6,7 @@ _base_ = [
 ]
 crop_size = (160, 160)
 num_classes = 11
-dims = 96
+dims = 96  # half of ViL-T's, a third of its depth
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(

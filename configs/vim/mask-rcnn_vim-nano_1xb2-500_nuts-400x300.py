@@ -5,7 +5,9 @@ _base_ = [
     '../_base_/default_runtime_det.py',
 ]
 num_classes = 3
-channels = 64  # a quarter of mmdet's 256, and its other widths likewise: this runs on a CPU
+# A quarter of mmdet's width and about a quarter of its proposals and samples: this runs on a CPU.
+channels = 64
+num_proposals = 200
 num_samples = 64
 model = dict(
     backbone=dict(
@@ -33,10 +35,10 @@ model = dict(
         ),
     ),
     train_cfg=dict(
-        rpn_proposal=dict(nms_pre=500, max_per_img=200),
+        rpn_proposal=dict(nms_pre=500, max_per_img=num_proposals),
         rcnn=dict(sampler=dict(num=num_samples)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=num_proposals)),
 )
 train_cfg = dict(max_iters=500, val_interval=500)
 default_hooks = dict(

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_vim_keeps_its_stream_and_states_in_float32(monkeypatch):
     low, full = torch.bfloat16, torch.float32
     assert scans == [(low, full, full, full)] * 8
     assert {m.dtype for m in maps} == {full}
-    for before, after in zip(maps, maps[1:], strict=False):
+    for before, after in pairwise(maps):
         assert ((after - before) != 0).float().mean() > 0.9
 
 

@@ -133,12 +133,11 @@ def test_initial_gates(model):
 
 def test_initial_norms_and_biases(model):
     """Gains of the norms are stored less one, but for the last norm, a plain one."""
+    zeros = ('norm.weight', 'norm.bias', 'proj.bias', 'proj_up.bias', 'proj_down.bias')
     for key, p in model.named_parameters():
         if key == 'pool_norm.weight' or key.endswith('learnable_skip'):
             assert (p == 1).all(), key
-        elif key.endswith('norm.weight'):
-            assert (p == 0).all(), key
-        elif key.endswith('bias') and 'conv' not in key and 'gate' not in key:
+        elif key.endswith(zeros):
             assert (p == 0).all(), key
 
 

@@ -1,7 +1,8 @@
 # CamVid, 11 classes (Brostow et al. 2009; split and labels of the SegNet tutorial): 360x480 road
 # scenes; label maps are PNGs with the class index, 255 unlabelled. Images are taken at half size,
 # in training and in testing, so that a crop shows the scene and a CPU gets through them;
-# predictions are scored at full size.
+# predictions are scored at full size. The rescaling is narrower than the usual 0.5 to 2, which
+# learned more slowly.
 data_root = '{{$CAMVID_ROOT:data/camvid}}'
 scale = (240, 180)
 crop_size = (160, 160)
@@ -48,19 +49,22 @@ test_pipeline = [
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
+dataset = dict(
+    type='BaseSegDataset',
+    data_root=data_root,
+    metainfo=metainfo,
+    img_suffix='.jpg',
+    seg_map_suffix='.png',
+)
 train_dataloader = dict(
     batch_size=8,
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
-        type='BaseSegDataset',
-        data_root=data_root,
-        metainfo=metainfo,
-        img_suffix='.jpg',
-        seg_map_suffix='.png',
         data_prefix=dict(img_path='images/train', seg_map_path='annotations/train'),
         pipeline=train_pipeline,
+        **dataset,
     ),
 )
 val_dataloader = dict(
@@ -69,13 +73,9 @@ val_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type='BaseSegDataset',
-        data_root=data_root,
-        metainfo=metainfo,
-        img_suffix='.jpg',
-        seg_map_suffix='.png',
         data_prefix=dict(img_path='images/val', seg_map_path='annotations/val'),
         pipeline=test_pipeline,
+        **dataset,
     ),
 )
 test_dataloader = val_dataloader

@@ -2,6 +2,7 @@
 # for a split: training and evaluation use the same images, to see whether a detector can learn.
 data_root = '{{$NUTS_ROOT:data/nuts}}'
 metainfo = dict(
+    # The names of the annotation file's categories, each with a colour below.
     classes=('date', 'fig', 'hazelnut'),
     palette=[(220, 20, 60), (119, 11, 32), (0, 0, 142)],
 )
