@@ -33,11 +33,22 @@ def local_path(source):
     return Path(torch.hub.get_dir(), 'checkpoints', os.path.basename(urlparse(source).path))
 
 
+def build_backbone(name, out_type):
+    """The backbone of a published name, or of its settings as JSON."""
+    if not name.startswith('{'):
+        return MODELS.build(dict(find_published(name).backbone, out_type=out_type))
+    try:
+        return MODELS.build(dict(out_type=out_type, **json.loads(name)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'the backbone {name} cannot be built: {error}. Give its type and arguments as JSON, '
+            'but no out_type, which --task sets.'
+        ) from error
+
+
 def convert_file(name, source, target, task):
     """Reads `source`, which `name` describes, and writes `target`."""
-    settings = json.loads(name) if name.startswith('{') else find_published(name).backbone
-    out_type = 'cls' if task == 'cls' else 'featmap'
-    backbone = MODELS.build(dict(settings, out_type=out_type))
+    backbone = build_backbone(name, out_type='cls' if task == 'cls' else 'featmap')
     checkpoint = CheckpointLoader.load_checkpoint(source, map_location='cpu')
     tensors = convert(backbone, checkpoint)
     path = local_path(source)

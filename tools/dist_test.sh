@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# tools/dist_test.sh CONFIG CHECKPOINT GPUS [FLAGS OF test.py]
+# Tests on several GPUs, as dist_train.sh trains.
 set -euo pipefail
-config=$1
-checkpoint=$2
-gpus=$3
+usage='usage: tools/dist_test.sh CONFIG CHECKPOINT GPUS [FLAGS OF test.py]'
+config=${1:?$usage}
+checkpoint=${2:?$usage}
+gpus=${3:?$usage}
 tools=$(dirname "$0")
 
 PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}" \

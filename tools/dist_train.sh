@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# tools/dist_train.sh CONFIG GPUS [FLAGS OF train.py]
+# Trains on several GPUs of one machine, or of several with NNODES, NODE_RANK and MASTER_ADDR.
 set -euo pipefail
-config=$1
-gpus=$2
+usage='usage: tools/dist_train.sh CONFIG GPUS [FLAGS OF train.py]'
+config=${1:?$usage}
+gpus=${2:?$usage}
 tools=$(dirname "$0")
 
 PYTHONPATH="$tools/..${PYTHONPATH:+:$PYTHONPATH}" \

@@ -1,5 +1,7 @@
 """Small layers that backbones and necks share."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
@@ -39,10 +41,15 @@ def build_map_norm(cfg, num_channels):
         num_channels (int): Channels of the maps.
 
     Raises:
-        ValueError: For ``type='LN'``, which normalises the last axis of what
-            it gets: the width of a map.
+        ValueError: For anything but a dict with a type, and for ``type='LN'``,
+            which normalises the last axis of what it gets: the width of a map.
     """
-    if cfg.get('type') in ('LN', nn.LayerNorm):
+    if not isinstance(cfg, Mapping) or 'type' not in cfg:
+        raise ValueError(
+            "a norm config is a dict with a type, e.g. dict(type='visionseq_mm.LN2d', eps=1e-6), "
+            f'got {cfg!r}'
+        )
+    if cfg['type'] in ('LN', nn.LayerNorm):
         raise ValueError(
             "norm config dict(type='LN') does not fit (B, C, H, W) maps: torch's LayerNorm "
             "normalises the last axis. Use dict(type='visionseq_mm.LN2d', eps=1e-6), which "

@@ -179,8 +179,8 @@ def mlstm_cell_twin(cell, q, k, v):
 def vil_layer_twin(layer, tokens, hw):
     """From the top left; the other direction is this one of the flipped tokens."""
     x, z = affine(tokens, layer.proj_up).chunk(2, -1)
-    if hasattr(layer, 'conv1d'):
-        c = F.silu(causal_conv_twin(x, layer.conv1d.conv))
+    if layer.conv.weight.ndim == 3:
+        c = F.silu(causal_conv_twin(x, layer.conv))
     else:
         c = F.silu(grid_conv_twin(x, layer.conv, hw))
     q, k, v = (

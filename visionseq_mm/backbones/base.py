@@ -9,7 +9,8 @@ Shapes: B batch, C channels of a map, D embedding, L tokens = h * w, and
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,9 @@ class SequenceBackbone(BaseModule):
                 f'arch of {type(self).__name__} must be a name or a dict with the keys '
                 f'{", ".join(keys)}, got {arch!r}'
             )
+        sizes = chain.from_iterable(v if isinstance(v, Sequence) else [v] for v in arch.values())
+        if any(not isinstance(n, int) or (n < 1 and not isinstance(n, bool)) for n in sizes):
+            raise ValueError(f'the sizes in arch must be positive integers, got {arch!r}')
         return dict(arch)
 
     def resolve_outputs(self, out_indices, depth, default, **dense_only):
@@ -134,30 +138,28 @@ class SequenceBackbone(BaseModule):
         if out_norm is not None:
             self.out_norms = nn.ModuleList(build_map_norm(out_norm, c) for c in widths)
         last = len(self.parts()) - 1
-        if not -1 <= self.frozen_stages <= last:
+        if not isinstance(self.frozen_stages, int) or not -1 <= self.frozen_stages <= last:
             raise ValueError(
                 f'frozen_stages must lie between -1 and {last} (the number of blocks or stages '
                 f'that are built), got {self.frozen_stages}'
             )
-        for tensor in self.frozen_tensors():
-            tensor.requires_grad_(False)
+        for item in self.frozen_items():
+            item.requires_grad_(False)
         self.train(self.training)  # frozen parts in eval mode
 
     def parts(self):
         """[stem, block 1, block 2, ...]; each a list of modules and parameters."""
         raise NotImplementedError
 
-    def frozen_tensors(self):
-        for part in self.parts()[: self.frozen_stages + 1]:
-            for item in part:
-                yield from item.parameters() if isinstance(item, nn.Module) else (item,)
+    def frozen_items(self):
+        """Modules and parameters that ``frozen_stages`` freezes."""
+        return chain.from_iterable(self.parts()[: self.frozen_stages + 1])
 
     def train(self, mode=True):
         super().train(mode)
-        for part in self.parts()[: self.frozen_stages + 1]:
-            for item in part:
-                if isinstance(item, nn.Module):
-                    item.eval()
+        for item in self.frozen_items():
+            if isinstance(item, nn.Module):
+                item.eval()
         return self
 
     def run(self, block, *inputs):
@@ -250,11 +252,14 @@ class PlainBackbone(SequenceBackbone):
         """
         if stride not in (8, 16):
             raise ValueError(f'stride must be 16 or 8, got {stride}')
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if min(height, width) < PatchEmbed.size:
-            raise ValueError(f'img_size must be at least {PatchEmbed.size}, got {img_size}')
+        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(sides) != 2 or any(not isinstance(n, int) or n < PatchEmbed.size for n in sides):
+            raise ValueError(
+                f'img_size must be an int or (height, width), at least {PatchEmbed.size} pixels '
+                f'each, got {img_size!r}'
+            )
         self.patch_embed = PatchEmbed(embed_dims, stride)
-        grid = [math.ceil((n - PatchEmbed.size) / table_stride) + 1 for n in (height, width)]
+        grid = [math.ceil((n - PatchEmbed.size) / table_stride) + 1 for n in sides]
         self.pos_embed = nn.Parameter(torch.empty(1, *grid, embed_dims))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 

@@ -10,6 +10,8 @@ Shapes: B batch, C channels of the stage, (h, w) its grid, L = h * w tokens,
 H heads of Dh = C / H channels.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
@@ -246,8 +248,8 @@ class SecViT(SequenceBackbone):
         settings = self.resolve_arch(arch, ('embed_dims', 'depths', 'num_heads', 'layer_scale'))
         settings['num_clusters'] = num_clusters
         for key, values in settings.items():
-            if len(values) != 4:
-                raise ValueError(f'{key} needs four values, one for each stage, got {values}')
+            if not isinstance(values, Sequence) or len(values) != 4:
+                raise ValueError(f'{key} needs four values, one for each stage, got {values!r}')
         self.embed_dims = tuple(settings['embed_dims'])
         self.depths = tuple(settings['depths'])
         for dims, heads in zip(self.embed_dims, settings['num_heads'], strict=True):

@@ -65,24 +65,21 @@ class HeadwiseLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class CausalConv1d(nn.Module):
+class CausalConv1d(nn.Conv1d):
     """Depth-wise convolution of each token with its 3 predecessors: (B, L, E) -> (B, L, E).
 
     With ``reverse`` the successors take the predecessors' place and the taps
     are reversed, which equals flip(conv(flip(x))).
     """
 
-    kernel_size = 4
-
     def __init__(self, num_channels):
-        super().__init__()
-        self.conv = nn.Conv1d(num_channels, num_channels, self.kernel_size, groups=num_channels)
+        super().__init__(num_channels, num_channels, 4, groups=num_channels)
 
     def forward(self, x, hw, reverse):
-        weight, past = self.conv.weight, self.kernel_size - 1
+        weight, past = self.weight, self.kernel_size[0] - 1
         x = F.pad(x.transpose(1, 2), (0, past) if reverse else (past, 0))
         weight = weight.flip(-1) if reverse else weight
-        return F.conv1d(x, weight, self.conv.bias, groups=weight.shape[0]).transpose(1, 2)
+        return F.conv1d(x, weight, self.bias, groups=self.groups).transpose(1, 2)
 
 
 class GridConv2d(nn.Conv2d):
@@ -98,7 +95,8 @@ class GridConv2d(nn.Conv2d):
     def forward(self, x, hw, reverse):
         weight = self.weight.flip(-1, -2) if reverse else self.weight
         x = x.transpose(1, 2).unflatten(2, hw)
-        return self._conv_forward(x, weight, self.bias).flatten(2).transpose(1, 2)
+        x = F.conv2d(x, weight, self.bias, padding=self.padding, groups=self.groups)
+        return x.flatten(2).transpose(1, 2)
 
 
 class MLSTMCell(nn.Module):
@@ -140,10 +138,7 @@ class ViLLayer(nn.Module):
         self.reverse = reverse
         self.proj_up = nn.Linear(embed_dims, 2 * inner, bias=bias)
         self.q_proj, self.k_proj, self.v_proj = (HeadwiseLinear(inner, bias) for _ in range(3))
-        if version == 1:
-            self.conv1d = CausalConv1d(inner)
-        else:
-            self.conv = GridConv2d(inner)
+        self.conv = CausalConv1d(inner) if version == 1 else GridConv2d(inner)
         self.mlstm_cell = MLSTMCell(inner, bias)
         self.learnable_skip = nn.Parameter(torch.ones(inner))
         self.proj_down = nn.Linear(inner, embed_dims, bias=bias)
@@ -159,9 +154,8 @@ class ViLLayer(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def forward(self, tokens, hw):
-        conv = self.conv if hasattr(self, 'conv') else self.conv1d
         x, z = self.proj_up(tokens).chunk(2, dim=-1)
-        c = F.silu(conv(x, hw, self.reverse))
+        c = F.silu(self.conv(x, hw, self.reverse))
         h = self.mlstm_cell(self.q_proj(c), self.k_proj(c), self.v_proj(x), self.reverse)
         return self.proj_down((h + self.learnable_skip * c) * F.silu(z))
 

@@ -95,19 +95,29 @@ class VimMixer(nn.Module):
         return self.out_proj(y * F.silu(z) / 2)
 
 
+class StreamNorm(nn.RMSNorm):
+    """RMSNorm in the precision of the stream, (..., D); the result has the weights' dtype.
+
+    The stream is wider than the weights of a model that was cast to half precision.
+    """
+
+    def forward(self, residual):
+        weight = self.weight.to(residual.dtype)
+        normed = F.rms_norm(residual, self.normalized_shape, weight, self.eps)
+        return normed.to(self.weight.dtype)
+
+
 class VimBlock(nn.Module):
     """Residual stream (B, L, D) -> the stream after the block, and the mixer's branch alone."""
 
     def __init__(self, embed_dims, depth, drop_path_rate):
         super().__init__()
-        self.norm = nn.RMSNorm(embed_dims, eps=1e-5)
+        self.norm = StreamNorm(embed_dims, eps=1e-5)
         self.mixer = VimMixer(embed_dims, depth)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, residual):
-        # The stream is wider than the weights of a model that was cast to half precision.
-        tokens = self.norm(residual).to(self.norm.weight.dtype)
-        branch = self.mixer(tokens)
+        branch = self.mixer(self.norm(residual))
         return residual + self.drop_path(branch), branch
 
 
@@ -126,8 +136,8 @@ class Vim(PlainBackbone):
             'double' (both ends, averaged) or None. Dense features never
             contain it; for them it says which rows of an official position
             table to leave out.
-        pooling (str | None): 'mean' or 'max' over the normed tokens; only
-            without a class token, where None means 'mean'. 'max' takes the
+        pooling (str | None): 'mean' or 'max' over the normed tokens, for
+            'cls' without a class token, where None means 'mean'. 'max' takes the
             maximum of the features (the official code's, that of the logits).
         feature (str | None): What ``out_indices`` tap: 'stream' (None), the
             residual stream after the block, or 'branch', its mixer's output.
@@ -219,7 +229,7 @@ class Vim(PlainBackbone):
                 self.cls_pos_embed = nn.Parameter(
                     nn.init.trunc_normal_(torch.empty(shape), std=0.02)
                 )
-            self.final_norm = nn.RMSNorm(self.embed_dims, eps=1e-5)
+            self.final_norm = StreamNorm(self.embed_dims, eps=1e-5)
 
         rates = linear_ramp(drop_path_rate, self.depth)
         self.blocks = nn.ModuleList(
@@ -302,10 +312,11 @@ class Vim(PlainBackbone):
         """
         rows = table.shape[1]
         own = tuple(self.pos_embed.shape[1:3])
-        likely = self.num_cls_tokens if num_cls is None else num_cls
-        kinds = sorted((0, 1, 2), key=lambda n: n != likely)
+        kinds = [num_cls]
+        if num_cls is None:
+            kinds = sorted((0, 1, 2), key=lambda n: n != self.num_cls_tokens)
         found = [(own, n) for n in kinds if rows - n == math.prod(own)]
-        for n in kinds if num_cls is None else [num_cls]:
+        for n in kinds:
             side = math.isqrt(max(rows - n, 0))
             if side and side * side == rows - n:
                 found.append(((side, side), n))

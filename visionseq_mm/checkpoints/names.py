@@ -44,6 +44,7 @@ def _pair_member(match):
 VIL = {
     1: (
         *_VIL_RAW,
+        (r'\.layer\.conv1d\.conv\.', '.layer.conv.'),
         (r'^legacy_norm\.', 'final_norm.'),
         (r'^norm\.', 'pool_norm.'),
         *_VIL_HUB,

@@ -156,9 +156,10 @@ def load_from_visionseq(filename, map_location=None):
     entry = find_published(filename)
     if entry.url is None:
         raise FileNotFoundError(
-            f'{filename} cannot be downloaded by a program. {entry.note} Find {entry.file} of '
-            f'{entry.source} on {entry.page} with a browser, download it, and give its path: '
-            "init_cfg=dict(type='Pretrained', checkpoint='path/of/the/file')."
+            f'{filename} cannot be downloaded by a program. Find {entry.file} of {entry.source} '
+            f'on {entry.page} with a browser, download it, and give its path: '
+            "init_cfg=dict(type='Pretrained', checkpoint='path/of/the/file'). "
+            f'({entry.note})'
         )
     return CheckpointLoader.load_checkpoint(entry.url, map_location)
 

@@ -6,9 +6,9 @@ B batch, L tokens, H heads, Dh channels of a head, K clusters.
 import torch
 from torch import Tensor
 
-from ..common import check_inputs
-from ..dispatch import Backends
-from . import reference
+from visionseq_mm.ops.cluster_attention import reference
+from visionseq_mm.ops.common import check_inputs
+from visionseq_mm.ops.dispatch import Backends
 
 BACKENDS = Backends('cluster_attention', reference=reference)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import widest_dtype
+from visionseq_mm.ops.common import widest_dtype
 
 BLOCK = 2**20  # attention weights that the backward holds at a time
 

@@ -6,9 +6,9 @@ B batch, S tokens, H heads, Dh channels of a head.
 import torch
 from torch import Tensor
 
-from ..common import check_inputs, widest_dtype
-from ..dispatch import Backends
-from . import reference
+from visionseq_mm.ops.common import check_inputs, widest_dtype
+from visionseq_mm.ops.dispatch import Backends
+from visionseq_mm.ops.mlstm import reference
 
 BACKENDS = Backends('mlstm', reference=reference)
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import Chunks, widest_dtype
+from visionseq_mm.ops.common import Chunks, widest_dtype
 
 CHUNK = 64
 

@@ -6,9 +6,9 @@ B batch, L tokens, D channels, N states.
 import torch
 from torch import Tensor
 
-from ..common import check_inputs, widest_dtype
-from ..dispatch import Backends
-from . import reference
+from visionseq_mm.ops.common import check_inputs, widest_dtype
+from visionseq_mm.ops.dispatch import Backends
+from visionseq_mm.ops.selective_scan import reference
 
 BACKENDS = Backends('selective_scan', reference=reference)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import Chunks, widest_dtype
+from visionseq_mm.ops.common import Chunks, widest_dtype
 
 CHUNK = 64
 GRAIN = 2**15 - 1  # elements up to which torch runs an operation on one thread
