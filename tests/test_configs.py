@@ -147,7 +147,7 @@ def named(node, key):
 def train_step(model, optim_wrapper, data):
     """As mmengine's ``model.train_step``, with a look at the gradients."""
     optim_wrapper = build_optim_wrapper(model, optim_wrapper)
-    for group in optim_wrapper.param_groups:
+    for group in optim_wrapper.optimizer.param_groups:
         # A gain of 1 + weight, for one, must not shrink.
         assert not group['weight_decay'] or all(p.ndim > 1 for p in group['params'])
     model.train()

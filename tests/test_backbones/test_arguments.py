@@ -32,6 +32,13 @@ def test_bad_arch(cls, arch):
         cls(arch=arch)
 
 
+@pytest.mark.parametrize('name', PLAIN_KINDS)
+def test_bad_sizes_in_arch(name):
+    for depth in (0, -1, 4.0, '4'):
+        with pytest.raises(ValueError, match='positive integers'):
+            build(name, arch=dict(embed_dims=16, depth=depth))
+
+
 @kinds
 def test_arch_dict_is_not_changed(name):
     arch = CASES[name][1]['arch']
@@ -54,8 +61,9 @@ def test_img_size(name):
     assert build(name, img_size=96).pos_embed.shape == (1, 6, 6, 16)
     for size in ((64, 100), [64, 100]):  # configs hold lists
         assert build(name, img_size=size).pos_embed.shape == (1, 4, 7, 16)
-    with pytest.raises(ValueError, match='img_size'):
-        build(name, img_size=15)
+    for size in (15, (64, 15), (64, 64, 64), (64,), (64.0, 64.0)):
+        with pytest.raises(ValueError, match='img_size'):
+            build(name, img_size=size)
 
 
 def test_table_of_stride_8():

@@ -312,13 +312,13 @@ class Vim(PlainBackbone):
         """
         rows = table.shape[1]
         own = tuple(self.pos_embed.shape[1:3])
-        kinds = [num_cls]
-        if num_cls is None:
-            kinds = sorted((0, 1, 2), key=lambda n: n != self.num_cls_tokens)
-        found = [(own, n) for n in kinds if rows - n == math.prod(own)]
-        for n in kinds:
+        likely = self.num_cls_tokens if num_cls is None else num_cls
+        found = []
+        for n in sorted((0, 1, 2), key=lambda n: n != likely):
             side = math.isqrt(max(rows - n, 0))
-            if side and side * side == rows - n:
+            if rows - n == math.prod(own):
+                found.append((own, n))
+            elif num_cls in (None, n) and side and side * side == rows - n:
                 found.append(((side, side), n))
         if not found:
             raise checkpoints.CheckpointMismatchError(
