@@ -227,13 +227,14 @@ class PatchEmbed(nn.Module):
         self.stride = stride
         self.proj = nn.Conv2d(3, embed_dims, self.size, stride)
 
-    def grid(self, height, width):
-        """Token grid (h, w) of an image."""
-        return tuple(math.ceil((n - self.size) / self.stride) + 1 for n in (height, width))
+    @classmethod
+    def grid(cls, image_size, stride):
+        """Token grid (h, w) of an image of (H, W) pixels."""
+        return tuple(math.ceil((n - cls.size) / stride) + 1 for n in image_size)
 
     def forward(self, image):
         height, width = image.shape[2:]
-        h, w = self.grid(height, width)
+        h, w = self.grid((height, width), self.stride)
         bottom = (h - 1) * self.stride + self.size - height
         right = (w - 1) * self.stride + self.size - width
         # A stride above 16 does not exist, so neither is ever negative.
@@ -242,6 +243,9 @@ class PatchEmbed(nn.Module):
 
 class PlainBackbone(SequenceBackbone):
     """Base of Vim and ViL: one patch embedding, one position table, equal blocks."""
+
+    #: Beginnings of the names that only ``out_type='cls'`` builds.
+    cls_only = ()
 
     def build_stem(self, embed_dims, stride, table_stride, img_size):
         """Patch embedding, and the position table of an image of ``img_size``.
@@ -259,7 +263,7 @@ class PlainBackbone(SequenceBackbone):
                 f'each, got {img_size!r}'
             )
         self.patch_embed = PatchEmbed(embed_dims, stride)
-        grid = [math.ceil((n - PatchEmbed.size) / table_stride) + 1 for n in sides]
+        grid = PatchEmbed.grid(sides, table_stride)
         self.pos_embed = nn.Parameter(torch.empty(1, *grid, embed_dims))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 

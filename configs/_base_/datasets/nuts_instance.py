@@ -23,19 +23,22 @@ test_pipeline = [
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
     ),
 ]
+dataset = dict(
+    type='CocoDataset',
+    data_root=data_root,
+    metainfo=metainfo,
+    ann_file='trainval.json',
+    data_prefix=dict(img='images/'),
+)
 train_dataloader = dict(
     batch_size=2,
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        metainfo=metainfo,
-        ann_file='trainval.json',
-        data_prefix=dict(img='images/'),
         filter_cfg=dict(filter_empty_gt=True),
         pipeline=train_pipeline,
+        **dataset,
     ),
 )
 val_dataloader = dict(
@@ -45,13 +48,9 @@ val_dataloader = dict(
     drop_last=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        metainfo=metainfo,
-        ann_file='trainval.json',
-        data_prefix=dict(img='images/'),
         test_mode=True,
         pipeline=test_pipeline,
+        **dataset,
     ),
 )
 test_dataloader = val_dataloader
