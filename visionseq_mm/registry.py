@@ -10,7 +10,10 @@ the safe checkpoint loaders in place (see ``visionseq_mm.compat``), and makes
 """
 
 import torch
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
 from mmengine.utils import digit_version
 
@@ -34,4 +37,16 @@ MODELS = Registry(
     parent=MMENGINE_MODELS,
     scope='visionseq_mm',
     locations=['visionseq_mm.backbones', 'visionseq_mm.necks', 'visionseq_mm.layers'],
+)
+DATASETS = Registry(
+    'dataset', parent=MMENGINE_DATASETS, scope='visionseq_mm', locations=['visionseq_mm.datasets']
+)
+HOOKS = Registry(
+    'hook', parent=MMENGINE_HOOKS, scope='visionseq_mm', locations=['visionseq_mm.engine']
+)
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='visionseq_mm',
+    locations=['visionseq_mm.engine'],
 )

@@ -26,7 +26,7 @@ from toy_data import NUTS, draw_nuts
 
 from visionseq_mm.registry import MODELS
 
-CONFIG = the_config('vim/mask-rcnn_vim-nano*.py')
+CONFIG = the_config('nano/mask-rcnn_vim-nano*.py')
 #: The photographs' 4:3, in fewer pixels.
 SMALL = {
     f'{loader}.dataset.pipeline.{index}.scale': '(160,120)'

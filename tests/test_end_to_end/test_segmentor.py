@@ -14,7 +14,7 @@ from toy_data import CAMVID_CLASSES, draw_camvid
 
 import visionseq_mm.registry  # noqa: F401, makes mmengine's checkpoints loadable
 
-CONFIG = the_config('vim/upernet_vim-nano*.py')
+CONFIG = the_config('nano/upernet_vim-nano*.py')
 SHORT = {
     'train_cfg.max_iters': 2,
     'train_dataloader.batch_size': 2,
@@ -85,7 +85,7 @@ def test_same_seed_same_losses(trained, camvid, place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('pattern', ['vil/upernet_vil-nano*.py', 'secvit/upernet_secvit-nano*.py'])
+@pytest.mark.parametrize('pattern', ['nano/upernet_vil-nano*.py', 'nano/upernet_secvit-nano*.py'])
 def test_other_backbones(pattern, camvid, tmp_path):
     call(
         *(sys.executable, toolbox('mmseg', 'train.py'), the_config(pattern), '--work-dir', 'work'),

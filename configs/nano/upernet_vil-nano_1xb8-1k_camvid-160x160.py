@@ -1,4 +1,4 @@
-_base_ = '../vim/upernet_vim-nano_1xb8-1k_camvid-160x160.py'
+_base_ = './upernet_vim-nano_1xb8-1k_camvid-160x160.py'
 model = dict(
     backbone=dict(
         _delete_=True,

@@ -1,0 +1,1 @@
+"""What a training needs besides a model: hooks and learning rates by depth."""
