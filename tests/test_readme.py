@@ -1,4 +1,4 @@
-"""The README's configs build and run on the toolboxes' own."""
+"""The configs in the README and in docs/custom_data.md build and run."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,8 @@ from mmdet.registry import MODELS as MMDET
 from mmengine.config import Config
 from mmseg.registry import MODELS as MMSEG
 
-README = (Path(__file__).parents[1] / 'README.md').read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
 
 
 @pytest.mark.parametrize('toolbox', ['mmdet', 'mmseg'])
@@ -32,3 +33,16 @@ def test_config_builds_and_extracts_features(toolbox, tmp_path):
             assert len(model.rpn_head(maps)[0]) == len(maps) == 5
     strides = [4, 8, 16, 32, 64][: len(maps)]
     assert [m.shape[2:] for m in maps] == [(-(-64 // s), -(-96 // s)) for s in strides]
+
+
+def test_cascade_for_own_data(tmp_path):
+    page = (ROOT / 'docs' / 'custom_data.md').read_text()
+    (snippet,) = re.findall(r'## A cascade\n\n```python\n(.*?)```', page, re.S)
+    path = tmp_path / 'config.py'
+    path.write_text(snippet.replace("'../", f"'{ROOT}/configs/"))
+    cfg = Config.fromfile(path)
+    base = Config.fromfile(next(ROOT.glob('configs/vim/cascade-mask-rcnn_vim-tiny_*.py')))
+    heads, base_heads = (c.model.roi_head.bbox_head for c in (cfg, base))
+    assert [head.num_classes for head in heads] == [cfg.model.roi_head.mask_head.num_classes] * 3
+    for head, base_head in zip(heads, base_heads, strict=True):
+        assert dict(head, num_classes=80) == base_head

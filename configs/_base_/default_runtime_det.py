@@ -11,8 +11,12 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'),
 )
-# Compares num_classes of the heads with the classes of the data before the first iteration.
-custom_hooks = [dict(type='NumClassCheckHook')]
+custom_hooks = [
+    # Compares num_classes of the heads with the classes of the data before the first iteration.
+    dict(type='NumClassCheckHook'),
+    # Resuming repeats the training that would have been without stopping.
+    dict(type='visionseq_mm.RandomStateHook'),
+]
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),

@@ -11,6 +11,12 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
+custom_hooks = [
+    # Compares num_classes of the heads with the classes of the data before the first iteration.
+    dict(type='visionseq_mm.NumClassCheckHook'),
+    # Resuming repeats the training that would have been without stopping.
+    dict(type='visionseq_mm.RandomStateHook'),
+]
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),

@@ -158,8 +158,8 @@ def load_from_visionseq(filename, map_location=None):
         raise FileNotFoundError(
             f'{filename} cannot be downloaded by a program. Find {entry.file} of {entry.source} '
             f'on {entry.page} with a browser, download it, and give its path: '
-            "init_cfg=dict(type='Pretrained', checkpoint='path/of/the/file'). "
-            f'({entry.note})'
+            "init_cfg=dict(type='Pretrained', checkpoint='path/of/the/file'), or init_cfg=None to "
+            f'start from random weights. ({entry.note})'
         )
     return CheckpointLoader.load_checkpoint(entry.url, map_location)
 

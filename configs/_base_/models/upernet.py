@@ -1,4 +1,5 @@
-# UperNet as mmseg configures it for BEiT; backbone, neck, widths and classes come from the child.
+# UperNet as mmseg configures it for BEiT and ADE20K; backbone, neck and widths come from the
+# child.
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 model = dict(
     type='EncoderDecoder',
@@ -15,6 +16,7 @@ model = dict(
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),
         dropout_ratio=0.1,
+        num_classes=150,
         norm_cfg=norm_cfg,
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
@@ -22,9 +24,11 @@ model = dict(
     auxiliary_head=dict(
         type='FCNHead',
         in_index=2,
+        channels=256,
         num_convs=1,
         concat_input=False,
         dropout_ratio=0.1,
+        num_classes=150,
         norm_cfg=norm_cfg,
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),

@@ -1,0 +1,12 @@
+# Rate, decay, batch and length are those of Vim's paper, appendix B; the released code has others.
+_base_ = [
+    '../_base_/models/upernet_vim-tiny.py',
+    '../_base_/datasets/ade20k_512x512.py',
+    '../_base_/schedules/adamw_160k.py',
+    '../_base_/default_runtime_seg.py',
+]
+crop_size = (512, 512)
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict(img_size=crop_size),
+)

@@ -1,0 +1,56 @@
+"""Smaller learning rates for earlier layers."""
+
+from mmengine.optim import DefaultOptimWrapperConstructor
+
+from visionseq_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """mmengine's constructor, with a rate that decays from the heads to the stem.
+
+    Of a backbone with n blocks (pairs of ViL version 2, stages of SecViT), the
+    k-th learns at ``layer_decay_rate ** (n + 1 - k)`` times the rate that
+    mmengine gives it, the stem with its position table as k = 0; what follows
+    the blocks, neck and heads learn at the full rate. This is BEiT's rule
+    (Bao et al., arXiv 2106.08254), as Vim's and ViL's dense recipes have it.
+
+    ``paramwise_cfg`` takes mmengine's keys and:
+
+        layer_decay_rate (float): Above 0, at most 1.
+
+    Raises:
+        ValueError: Without ``layer_decay_rate``, for one out of range, and for
+            a model whose ``backbone`` is none of this package's.
+    """
+
+    def add_params(self, params, module, prefix='', is_dcn_module=None):
+        super().add_params(params, module, prefix, is_dcn_module)
+        if prefix:  # a child; this method calls itself for each
+            return
+        rates = self._rates(module)
+        for group in params:
+            (param,) = group['params']
+            group['lr'] = group.get('lr', self.base_lr) * rates.get(param, 1)
+
+    def _rates(self, model):
+        """{parameter of a block or the stem: its factor}."""
+        decay = self.paramwise_cfg.get('layer_decay_rate')
+        if not isinstance(decay, (int, float)) or not 0 < decay <= 1:
+            raise ValueError(
+                'paramwise_cfg needs a layer_decay_rate above 0 and at most 1 for '
+                f'{type(self).__name__}, got {decay!r}'
+            )
+        backbone = getattr(model, 'backbone', None)
+        if not hasattr(backbone, 'parts'):
+            raise ValueError(
+                f'{type(self).__name__} reads the depth of a parameter from Vim, ViL or SecViT '
+                f'as the backbone of the model, got {type(backbone).__name__}'
+            )
+        parts = backbone.parts()
+        return {
+            param: decay ** (len(parts) - k)
+            for k, part in enumerate(parts)
+            for item in part
+            for param in ([item] if not hasattr(item, 'parameters') else item.parameters())
+        }
