@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-all unit lint gpu
+.PHONY: help setup demo test test-all unit lint gpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ $(VENV)/pyvenv.cfg:
 	echo 'This needs Python 3.11 or 3.12 with venv, but found "$(PYTHON)".'; \
 	echo 'Install one, or name it: make setup PYTHON=/path/to/python3.12'; exit 1; } >&2
 	'$(PYTHON)' -m venv $(VENV)
+
+demo: setup  ## train two small models on drawn pictures, test them, show what they see
+	$(VENV)/bin/python tools/demo.py
 
 test: lint unit  ## set up, lint, and run the quick tests
 

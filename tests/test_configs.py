@@ -39,6 +39,8 @@ PARAMETERS = {
     'upernet_vil-tiny_8xb2-160k_ade20k-1024x1024': 11_831_532,
     'upernet_vim-tiny_4xb4-160k_ade20k-512x512': 12_311_084,
     'upernet_vim-tiny_8xb2-160k_ade20k-1024x1024': 12_900_908,
+    'mask-rcnn_secvit-nano_1xb8-300_shapes-128x128': 1_798_056,
+    'upernet_vim-nano_1xb8-300_shapes-128x128': 1_239_178,
     'mask-rcnn_vim-nano_1xb2-500_nuts-400x300': 1_814_586,
     'upernet_secvit-nano_1xb8-1k_camvid-160x160': 1_209_558,
     'upernet_vil-nano_1xb8-1k_camvid-160x160': 1_284_374,

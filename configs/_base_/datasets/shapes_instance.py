@@ -22,7 +22,7 @@ test_pipeline = [
     ),
 ]
 dataset = dict(
-    type='CocoDataset',
+    type='visionseq_mm.CocoDataset',
     data_root=data_root,
     metainfo=metainfo,
 )

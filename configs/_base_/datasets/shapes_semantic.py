@@ -17,7 +17,7 @@ test_pipeline = [
     dict(type='PackSegInputs'),
 ]
 dataset = dict(
-    type='BaseSegDataset',
+    type='visionseq_mm.LabelMapDataset',
     data_root=data_root,
     metainfo=metainfo,
     img_suffix='.png',
