@@ -14,7 +14,7 @@ default_hooks = dict(
 custom_hooks = [
     # Compares num_classes of the heads with the classes of the data before the first iteration.
     dict(type='visionseq_mm.NumClassCheckHook'),
-    # Resuming repeats the training that would have been without stopping.
+    # Random numbers of a resumed training go on where they stopped; the hook says for which loops.
     dict(type='visionseq_mm.RandomStateHook'),
 ]
 env_cfg = dict(

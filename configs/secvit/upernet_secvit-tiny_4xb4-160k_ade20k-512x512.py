@@ -5,7 +5,6 @@ _base_ = [
     '../_base_/schedules/adamw_160k.py',
     '../_base_/default_runtime_seg.py',
 ]
-crop_size = (512, 512)
 model = dict(
-    data_preprocessor=dict(size=crop_size),
+    data_preprocessor=dict(size=_base_.crop_size),
 )

@@ -1,25 +1,7 @@
 # ViL was never published on COCO: Vim's recipe, which fits a backbone of the same form.
-_base_ = [
-    '../_base_/models/cascade-mask-rcnn_sfp.py',
-    '../_base_/datasets/coco_instance_lsj-1024x1024.py',
-    '../_base_/schedules/adamw_100e.py',
-    '../_base_/default_runtime_det.py',
-]
+_base_ = '../vim/cascade-mask-rcnn_vim-tiny_sfp_8xb8-lsj-100e_coco-1024x1024.py'
 model = dict(
-    backbone=dict(
-        type='visionseq_mm.ViL',
-        arch='tiny',
-        img_size=1024,
-        out_indices=-1,
-        drop_path_rate=0.1,
-        with_cp=True,
-        init_cfg=dict(type='Pretrained', checkpoint='visionseq://vil2-tiny'),
-    ),
-    neck=dict(in_channels=192),
+    backbone=dict(type='visionseq_mm.ViL', init_cfg=dict(checkpoint='visionseq://vil2-tiny'))
 )
-optim_wrapper = dict(
-    constructor='visionseq_mm.LayerDecayOptimWrapperConstructor',
-    optimizer=dict(weight_decay=0.1),
-    paramwise_cfg=dict(layer_decay_rate=0.837),
-)
-train_dataloader = dict(batch_size=8, num_workers=8)
+# A layer is a pair of blocks here: Vim's 0.837, squared.
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.7))

@@ -1,11 +1,11 @@
+# Rates, decay, batch, length and widths: ViL's configuration vil_t16_upernet160k_dim192.
 _base_ = [
     '../_base_/models/upernet_vil-tiny.py',
     '../_base_/datasets/ade20k_512x512.py',
     '../_base_/schedules/vil_160k.py',
     '../_base_/default_runtime_seg.py',
 ]
-crop_size = (512, 512)
 model = dict(
-    data_preprocessor=dict(size=crop_size),
-    backbone=dict(img_size=crop_size),
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(img_size=_base_.crop_size),
 )

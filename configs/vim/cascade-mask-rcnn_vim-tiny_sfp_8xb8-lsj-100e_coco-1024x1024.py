@@ -23,3 +23,4 @@ optim_wrapper = dict(
     paramwise_cfg=dict(layer_decay_rate=0.837),
 )
 train_dataloader = dict(batch_size=8, num_workers=8)
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))

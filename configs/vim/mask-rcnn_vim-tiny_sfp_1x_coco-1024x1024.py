@@ -1,4 +1,5 @@
-# No published run: backbone and optimiser as in Vim's Cascade Mask R-CNN, mmdet's 1x schedule.
+# No published run: backbone and optimiser as in Vim's Cascade Mask R-CNN, whose rate is for
+# batches of 64, at the pace of mmdet's 1x schedule and its batches of 16.
 _base_ = [
     '../_base_/models/mask-rcnn_sfp.py',
     '../_base_/datasets/coco_instance_1024x1024.py',

@@ -1,12 +1,12 @@
-# No published run: backbone and optimiser as in Vim's Cascade Mask R-CNN, mmdet's 1x schedule.
+# No published run: backbone and optimiser as in Vim's Cascade Mask R-CNN, whose rate is for
+# batches of 64, at the pace of mmdet's 1x schedule and its batches of 16.
 _base_ = [
-    '../_base_/models/retinanet.py',
+    '../_base_/models/retinanet_sfp.py',
     '../_base_/datasets/coco_detection_1024x1024.py',
     '../_base_/schedules/adamw_1x.py',
     '../_base_/default_runtime_det.py',
 ]
 model = dict(
-    data_preprocessor=dict(pad_size_divisor=1024),  # always the grid it was tuned for
     backbone=dict(
         type='visionseq_mm.Vim',
         arch='tiny',
@@ -16,13 +16,7 @@ model = dict(
         with_cp=True,
         init_cfg=dict(type='Pretrained', checkpoint='visionseq://vim-tiny'),
     ),
-    neck=dict(
-        type='visionseq_mm.MultiScaleAdapter',
-        in_channels=192,
-        out_channels=256,
-        scales=(2, 1, 0.5),  # strides 8, 16 and 32; 64 and 128 are pooled
-        num_outs=5,
-    ),
+    neck=dict(in_channels=192),
 )
 optim_wrapper = dict(
     constructor='visionseq_mm.LayerDecayOptimWrapperConstructor',

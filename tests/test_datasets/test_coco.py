@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -249,6 +250,17 @@ ENTRIES = {
     'area of text': (spoil('annotations', 3, area='320'), ['an area that is no number']),
     'no entry': (with_a_number_for_an_entry, ['1 of 3 categories lack one of', 'the first is 5']),
     'box of text': (spoil('annotations', 3, bbox=['1'] * 4), ['a list of four numbers']),
+    'box of nothing': (spoil('annotations', 3, bbox=[1, 2, 3, math.nan]), ['of four numbers']),
+    'corners for points': (
+        spoil('annotations', 3, segmentation=[[[4, 6], [24, 6], [24, 22]]]),
+        [
+            '1 of 6 annotations have a segmentation that is neither polygons',
+            "'segmentation': [[[4",
+        ],
+    ),
+    'flat polygon': (spoil('annotations', 3, segmentation=[4, 6, 24, 6, 24, 22]), ['neither']),
+    'polygon of text': (spoil('annotations', 3, segmentation='4 6 24 6 24 22'), ['neither']),
+    'half an RLE': (spoil('annotations', 3, segmentation=dict(counts='a')), ['nor RLE']),
     'no segmentation': (
         spoil('annotations', 3, segmentation=None),
         ['1 of 2 images', 'without segmentation: ', '2.jpg', 'with_mask=False'],
@@ -263,6 +275,36 @@ def test_entries(case, tmp_path):
     with pytest.raises(ValueError) as caught:
         CocoDataset(**arguments(root))
     assert_words(caught, [str(root / 'trainval.json'), *words])
+
+
+#: What all annotations have alike.
+ALL = {
+    'corners': (dict(bbox=[25, 20, 45, 30]), ['6 of 6', 'beyond the image', 'a corner?']),
+    'lines': (dict(segmentation=[[4, 6, 24, 6]]), ['6 of 6', 'no polygon of three corners']),
+    'images by name': (dict(image_id='1.jpg'), ['6 of 6', 'an unknown image_id']),
+}
+
+
+@pytest.mark.parametrize('case', ALL)
+def test_all_annotations_alike(case, tmp_path):
+    changes, words = ALL[case]
+    content = instances()
+    for entry in content['annotations']:
+        entry.update(changes)
+    with pytest.raises(ValueError) as caught:
+        CocoDataset(**arguments(write_coco(tmp_path, content)))
+    assert_words(caught, words)
+
+
+def test_few_odd_annotations_are_let_through(tmp_path, caplog, monkeypatch):
+    """As mmdet does; the log tells."""
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [caplog.handler])
+    content = instances()
+    content['annotations'][0]['bbox'] = [25, 20, 45, 30]
+    content['annotations'][1]['segmentation'] = [[4, 6, 24, 6]]
+    assert len(CocoDataset(**arguments(write_coco(tmp_path, content)))) == 2
+    assert '1 of 6 annotations have a bbox beyond the image' in caplog.text
+    assert '1 of 6 annotations are ignored, because they have no polygon' in caplog.text
 
 
 def test_polygons_do_not_hide_the_entry(tmp_path):

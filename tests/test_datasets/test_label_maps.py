@@ -126,8 +126,7 @@ def test_labels(case, tmp_path):
         LabelMapDataset(**arguments(root, **changes))
     bad = 2 if 'ignore_index' in changes else 1
     assert_words(caught, f'{bad} of 2 label maps in {path.parent}', f'{path}: ', *words)
-    assert_words(caught, 'metainfo.classes', 'reduce_zero_label', 'check_labels=False')
-    assert len(LabelMapDataset(**arguments(root, **changes, check_labels=False))) == 2
+    assert_words(caught, 'metainfo.classes', 'reduce_zero_label')
 
 
 def test_labels_from_one(tmp_path):
@@ -162,13 +161,24 @@ def test_damaged_file(tmp_path):
     assert_words(caught, '2 of 2 label maps', 'a.png: it or its image cannot be read')
 
 
+def test_images_without_label_maps(tmp_path):
+    """For predictions: a config's data_prefix merges with that of its base and keeps the maps'."""
+    root = write_label_maps(tmp_path)
+    for path in root.glob('annotations/train/*'):
+        path.unlink()
+    settings = arguments(root, test_mode=True, pipeline=[dict(type='LoadImageFromFile')])
+    assert LabelMapDataset(**settings)[0]['img'].shape[:2] == (HEIGHT, WIDTH)
+
+
 def test_photograph_on_its_side(tmp_path):
     """Its EXIF orientation turns it when it is read, and so its label map is upright."""
     root = write_label_maps(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new('RGB', (HEIGHT, WIDTH)).save(root / 'images' / 'train' / 'a.jpg', exif=exif)
-    settings = arguments(root, pipeline=[dict(type='LoadImageFromFile')])
+    settings = arguments(
+        root, pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
+    )
     assert LabelMapDataset(**settings)[0]['img'].shape[:2] == (HEIGHT, WIDTH)
     Image.new('RGB', (HEIGHT, WIDTH)).save(root / 'images' / 'train' / 'a.jpg')
     with pytest.raises(ValueError, match=r'a.png: 48 x 32 pixels, the image 32 x 48'):

@@ -82,6 +82,8 @@ def test_rates(name):
         assert found[parameter]['weight_decay'] == (0.1 if parameter.ndim > 1 else 0)
     assert all(found[p]['lr'] == 0.5 for p in model.head.parameters())
     assert len(found) == len(list(model.parameters()))
+    settings = [(group['lr'], group['weight_decay']) for group in groups]
+    assert len(settings) == len(set(settings)), 'parameters with the same settings share a group'
 
 
 def test_multiplies_what_mmengine_gives():
@@ -98,6 +100,15 @@ def test_multiplies_what_mmengine_gives():
 def test_rate_out_of_range(rate):
     with pytest.raises(ValueError, match=f'layer_decay_rate above 0 .* got {rate!r}'):
         optimizer(build('Vim'), layer_decay_rate=rate)
+
+
+def test_no_paramwise_cfg():
+    wrapper = dict(
+        constructor='visionseq_mm.LayerDecayOptimWrapperConstructor',
+        optimizer=dict(type='SGD', lr=0.5),
+    )
+    with pytest.raises(ValueError, match='got None'):
+        build_optim_wrapper(build('Vim'), wrapper)
 
 
 def test_foreign_backbone():

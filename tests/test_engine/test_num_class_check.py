@@ -98,6 +98,27 @@ def test_data_set_with_another_number(hook, split, wrap):
         begin(spoilt)
 
 
+class Detector(nn.Module):
+    """With three box heads, as a cascade has them."""
+
+    def __init__(self, boxes=(3, 3, 3), mask=3):
+        super().__init__()
+        self.rpn_head = Head(1)
+        self.roi_head = nn.Module()
+        self.roi_head.bbox_head = nn.ModuleList(map(Head, boxes))
+        self.roi_head.mask_head = Head(mask)
+
+
+@pytest.mark.parametrize(
+    'model, head',
+    [(dict(boxes=(3, 80, 3)), 'roi_head.bbox_head.1'), (dict(mask=80), 'roi_head.mask_head')],
+)
+def test_detector(hook, model, head):
+    everything(hook, runner(Detector()))
+    with pytest.raises(ValueError, match=rf'^model\.{head}\.num_classes is 80, but train'):
+        hook.before_train(runner(Detector(**model)))
+
+
 def test_training_without_validation(hook):
     without = runner(Segmentor())
     del without.val_dataloader

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections import Counter
 
 from mmdet.datasets import CocoDataset as MMDetCocoDataset
@@ -102,21 +103,47 @@ class CocoDataset(NamedClasses, MMDetCocoDataset):
                 is_repeated = _is_repeated(key, content[name])
                 refuse(name, is_repeated, f'have the {key} of another one')
         refuse('images', _has_odd_size, 'have a height or width that is no number')
-        if 'annotations' in fields:
-            problem = (
-                'have a bbox that is not a list of four numbers, or an area that is no number'
-            )
-            refuse('annotations', _has_odd_box, problem)
-            is_stray = _is_stray('category_id', content['categories'])
-            refuse('annotations', is_stray, 'have an unknown category_id, no id in categories')
-            stray = sum(map(_is_stray('image_id', content['images']), content['annotations']))
-            if stray:
+        if content.get('annotations'):
+            self._check_annotations(content, refuse)
+
+    def _check_annotations(self, content, refuse):
+        annotations = content['annotations']
+
+        def warn(number, problem):
+            if number:
                 print_log(
-                    f'{self.ann_file}: {stray} of {len(content["annotations"])} annotations are '
-                    'ignored, because their image_id is no id in images.',
+                    f'{self.ann_file}: {number} of {len(annotations)} annotations {problem}.',
                     logger='current',
                     level=logging.WARNING,
                 )
+
+        problem = 'have a bbox that is not a list of four numbers, or an area that is no number'
+        refuse('annotations', _has_odd_box, problem)
+        is_stray = _is_stray('category_id', content['categories'])
+        refuse('annotations', is_stray, 'have an unknown category_id, no id in categories')
+        is_stray = _is_stray('image_id', content['images'])
+        stray = sum(map(is_stray, annotations))
+        if stray == len(annotations):
+            refuse('annotations', is_stray, 'have an unknown image_id, no id in images')
+        warn(stray, 'are ignored, because their image_id is no id in images')
+        exceeds = _exceeds(content['images'])
+        outside = sum(map(exceeds, annotations))
+        if 2 * outside > len(annotations):
+            problem = 'have a bbox beyond the image; are its last two numbers a corner?'
+            refuse('annotations', exceeds, problem)
+        warn(outside, 'have a bbox beyond the image, which is cut off')
+        if self._loads_masks():
+            problem = (
+                'have a segmentation that is neither polygons, [[x1, y1, x2, y2, ...], ...], '
+            )
+            refuse('annotations', _has_odd_polygons, f'{problem}nor RLE, {{size, counts}}')
+            degenerate = sum(map(_is_degenerate, annotations))
+            if degenerate == len(annotations):
+                refuse('annotations', _is_degenerate, 'have no polygon of three corners or more')
+            warn(degenerate, 'are ignored, because they have no polygon of three corners or more')
+
+    def _loads_masks(self):
+        return any(getattr(t, 'with_mask', False) for t in self.pipeline.transforms)
 
     def _check_categories(self, names):
         classes = tuple(self.metainfo['classes'])
@@ -165,7 +192,7 @@ class CocoDataset(NamedClasses, MMDetCocoDataset):
                 'the image, without area, with ignore set, or with a bbox less than one pixel '
                 'wide or high. Fractions of the image size must be multiplied by it.'
             )
-        if any(getattr(transform, 'with_mask', False) for transform in self.pipeline.transforms):
+        if self._loads_masks():
             bare = [i['img_path'] for i in kept if any('mask' not in j for j in i['instances'])]
             if bare:
                 raise ValueError(
@@ -211,11 +238,40 @@ def _has_odd_box(annotation):
     box = annotation['bbox']
     if not isinstance(box, list) or len(box) != 4:
         return True
-    return not {type(annotation['area']), *map(type, box)} <= {int, float}
+    numbers = annotation['area'], *box
+    return not {*map(type, numbers)} <= {int, float} or not all(map(math.isfinite, numbers))
+
+
+def _exceeds(images, tolerance=2):
+    """Whether a bbox goes beyond its image by more pixels than rounding explains."""
+    sizes = {image['id']: (image['width'], image['height']) for image in images}
+
+    def check(annotation):
+        width, height = sizes.get(annotation['image_id'], (math.inf, math.inf))
+        x, y, w, h = annotation['bbox']
+        return x + w > width + tolerance or y + h > height + tolerance
+
+    return check
+
+
+def _has_odd_polygons(annotation):
+    found = annotation.get('segmentation', [])
+    if isinstance(found, dict):
+        return not found.keys() >= {'size', 'counts'}
+    return not isinstance(found, list) or not all(
+        isinstance(polygon, list) and {*map(type, polygon)} <= {int, float} for polygon in found
+    )
+
+
+def _is_degenerate(annotation):
+    """What mmdet ignores: no list of at least three pairs."""
+    found = annotation.get('segmentation')
+    return isinstance(found, list) and not any(len(p) >= 6 and len(p) % 2 == 0 for p in found)
 
 
 def _brief(item):
     """An entry as text; the polygons, long and often the first key, would hide the rest."""
-    if isinstance(item, dict):
-        item = {key: value for key, value in item.items() if key != 'segmentation'}
+    if isinstance(item, dict) and 'segmentation' in item:
+        item = dict(item)
+        item['segmentation'] = item.pop('segmentation')
     return repr(item)[:200]

@@ -30,10 +30,16 @@ ORIENTATION, TRANSPOSED = 0x0112, (5, 6, 7, 8)  # of EXIF: rows are columns
 class CheckedFolders(NamedClasses):
     """Before :class:`BaseSegDataset`: folders and files are checked when built."""
 
+    @property
+    def has_label_maps(self):
+        """Whether there must be some: not for predictions, whose pipeline does not read them."""
+        transforms = self.pipeline.transforms
+        reads = any(getattr(transform, 'with_seg', False) for transform in transforms)
+        return reads or ('seg_map_path' in self.data_prefix and not transforms)
+
     def load_data_list(self):
         images, label_maps = (self.data_prefix.get(key) for key in ('img_path', 'seg_map_path'))
-        loads = any(getattr(t, 'with_seg', False) for t in self.pipeline.transforms)
-        if images is None or (loads and label_maps is None):
+        if images is None or (self.has_label_maps and label_maps is None):
             raise ValueError(
                 'data_prefix must be dict(img_path=..., seg_map_path=...), the folders of images '
                 f'and of label maps below data_root, got {self.data_prefix}. Without label maps, '
@@ -43,7 +49,7 @@ class CheckedFolders(NamedClasses):
         if self.ann_file:
             check_path('list of images', self.ann_file, 'ann_file', storage, fileio.exists)
         check_path('folder of images', images, 'data_prefix.img_path', storage)
-        if label_maps is not None:
+        if self.has_label_maps:
             check_path('folder of label maps', label_maps, 'data_prefix.seg_map_path', storage)
         data_list = super().load_data_list()
         if not data_list:
@@ -51,8 +57,9 @@ class CheckedFolders(NamedClasses):
                 f'No image in {self.ann_file or images}: img_suffix is {self.img_suffix!r}, and '
                 f'{images} has {_suffixes(images, storage)}.'
             )
-        for key, what in (('img_path', 'images'), ('seg_map_path', 'label maps')):
-            missing = missing_files((item[key] for item in data_list if key in item), storage)
+        files = {'img_path': 'images', 'seg_map_path': 'label maps'}
+        for key, what in list(files.items())[: 1 + self.has_label_maps]:
+            missing = missing_files((item[key] for item in data_list), storage)
             if missing:
                 folder, suffix = self.data_prefix[key], key.replace('path', 'suffix')
                 raise FileNotFoundError(
@@ -84,10 +91,8 @@ class LabelMapDataset(CheckedFolders, BaseSegDataset):
     ``ignore_index`` (255) where nothing is labelled. With
     ``reduce_zero_label``, 1 to n, and 0 too means unlabelled.
 
-    Args:
-        check_labels (bool): Read all label maps before the training, some
-            hundreds a second, and refuse what is not like that.
-        *args, **kwargs: As of mmseg's BaseSegDataset.
+    All label maps are read for that, some hundreds a second; mmseg's own
+    BaseSegDataset, whose arguments this has, takes them as they are.
 
     Raises:
         FileNotFoundError: Folders or files are missing.
@@ -95,10 +100,6 @@ class LabelMapDataset(CheckedFolders, BaseSegDataset):
         ValueError: No image is found, classes and palette differ in number, or label maps are
             not as above.
     """
-
-    def __init__(self, *args, check_labels=True, **kwargs):
-        self.check_labels = check_labels
-        super().__init__(*args, **kwargs)
 
     def _update_palette(self):
         palette, classes = self._metainfo.get('palette', ()), self._metainfo['classes']
@@ -111,7 +112,7 @@ class LabelMapDataset(CheckedFolders, BaseSegDataset):
 
     def load_data_list(self):
         data_list = super().load_data_list()
-        if self.check_labels and 'seg_map_path' in data_list[0]:
+        if self.has_label_maps:
             self._check_labels(data_list)
         return data_list
 
@@ -142,7 +143,7 @@ class LabelMapDataset(CheckedFolders, BaseSegDataset):
                 f'of metainfo.classes, or {self.ignore_index} where nothing is labelled. Name all '
                 'classes in metainfo.classes (and set num_classes of the heads to their number); '
                 'set reduce_zero_label=True if the labels count from 1 and 0 is unlabelled; '
-                'convert colours to class indices. check_labels=False skips this check.'
+                'convert colours to class indices.'
             )
         print_log(
             f'Checked {len(found)} label maps in {folder}: {time.time() - start:.1f} s.',

@@ -1,6 +1,8 @@
 """Smaller learning rates for earlier layers."""
 
+from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
+from torch import nn
 
 from visionseq_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
@@ -14,6 +16,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     mmengine gives it, the stem with its position table as k = 0; what follows
     the blocks, neck and heads learn at the full rate. This is BEiT's rule
     (Bao et al., arXiv 2106.08254), as Vim's and ViL's dense recipes have it.
+    Parameters with the same settings share a group.
 
     ``paramwise_cfg`` takes mmengine's keys and:
 
@@ -24,23 +27,30 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             a model whose ``backbone`` is none of this package's.
     """
 
-    def add_params(self, params, module, prefix='', is_dcn_module=None):
-        super().add_params(params, module, prefix, is_dcn_module)
-        if prefix:  # a child; this method calls itself for each
-            return
-        rates = self._rates(module)
-        for group in params:
-            (param,) = group['params']
-            group['lr'] = group.get('lr', self.base_lr) * rates.get(param, 1)
-
-    def _rates(self, model):
-        """{parameter of a block or the stem: its factor}."""
+    def __init__(self, optim_wrapper_cfg, paramwise_cfg=None):
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
         decay = self.paramwise_cfg.get('layer_decay_rate')
         if not isinstance(decay, (int, float)) or not 0 < decay <= 1:
             raise ValueError(
                 'paramwise_cfg needs a layer_decay_rate above 0 and at most 1 for '
                 f'{type(self).__name__}, got {decay!r}'
             )
+        self.decay = decay
+
+    def add_params(self, params, module, prefix='', is_dcn_module=None):
+        super().add_params(params, module, prefix, is_dcn_module)
+        if prefix:  # a child; this method calls itself for each
+            return
+        factors = self._factors(module)
+        merged = {}
+        for group in params:
+            (param,) = group.pop('params')
+            group['lr'] = group.get('lr', self.base_lr) * factors.get(param, 1)
+            merged.setdefault(tuple(group.items()), []).append(param)
+        params[:] = [dict(settings, params=group) for settings, group in merged.items()]
+
+    def _factors(self, model):
+        """{parameter of a block or the stem: its factor}."""
         backbone = getattr(model, 'backbone', None)
         if not hasattr(backbone, 'parts'):
             raise ValueError(
@@ -48,9 +58,14 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'as the backbone of the model, got {type(backbone).__name__}'
             )
         parts = backbone.parts()
+        print_log(
+            f'Rates decay by {self.decay} for each of {len(parts)} layers, to '
+            f'{self.decay ** len(parts):.2e} of what is logged above at the stem.',
+            logger='current',
+        )
         return {
-            param: decay ** (len(parts) - k)
+            param: self.decay ** (len(parts) - k)
             for k, part in enumerate(parts)
             for item in part
-            for param in ([item] if not hasattr(item, 'parameters') else item.parameters())
+            for param in (item.parameters() if isinstance(item, nn.Module) else [item])
         }

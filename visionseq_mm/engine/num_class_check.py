@@ -6,19 +6,20 @@ from mmengine.hooks import Hook
 
 from visionseq_mm.registry import HOOKS
 
-#: Names of the heads of a segmentor; a wrapper puts 'module.' before them.
-HEAD = re.compile(r'(?:module\.)*((?:decode|auxiliary)_head(?:\.\d+)?)')
+#: Heads of mmseg and of mmdet; a wrapper puts 'module.' before them. An RPN has one class.
+HEAD = re.compile(r'(?:module\.)*((?:roi_head\.)?(?:decode|auxiliary|bbox|mask)_head(?:\.\d+)?)')
 
 
 @HOOKS.register_module()
 class NumClassCheckHook(Hook):
-    """For mmseg what mmdet's hook of this name is: ``num_classes`` must fit the data.
+    """``num_classes`` of the heads must fit the data, for mmdet and mmseg.
 
     Compared with ``metainfo.classes`` of the data set before a training (of
-    both its data sets), a validation and a test.
+    both its data sets; mmdet's hook of this name looks at the second when it
+    is validated), a validation and a test.
 
     Raises:
-        ValueError: A decode head or auxiliary head has another ``num_classes``.
+        ValueError: A head has another ``num_classes``.
     """
 
     def before_train(self, runner):

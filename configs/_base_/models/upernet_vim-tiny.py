@@ -1,10 +1,12 @@
-# UperNet on Vim as its code has it: the adapter of BEiT, a head as wide as the backbone.
+# UperNet on Vim-Ti as its code has it: the outputs of the mixers, not the residual stream; the
+# adapter of BEiT; a head as wide as the backbone.
 _base_ = './upernet.py'
 dims = 192
 model = dict(
     backbone=dict(
         type='visionseq_mm.Vim',
         arch='tiny',
+        feature='branch',
         init_cfg=dict(type='Pretrained', checkpoint='visionseq://vim-tiny'),
     ),
     neck=dict(

@@ -1,4 +1,5 @@
-# What all schedules here share.
+# What all schedules here share. Rate and decay are those of SecViT's paper for Mask R-CNN; ViTDet
+# and Vim's detection have the same rate.
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(

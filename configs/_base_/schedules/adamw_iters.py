@@ -8,3 +8,4 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
     dict(type='PolyLR', power=1.0, by_epoch=False),
 ]
+auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -7,5 +7,5 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.002, by_epoch=False),  # 1e-6 of 5e-4
 ]
