@@ -46,3 +46,4 @@ default_hooks = dict(
     checkpoint=dict(by_epoch=False, interval=500),
 )
 log_processor = dict(by_epoch=False)
+auto_scale_lr = dict(base_batch_size=2)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shutil
 import sys
 
 import cv2
@@ -26,7 +27,7 @@ from toy_data import NUTS, draw_nuts
 
 from visionseq_mm.registry import MODELS
 
-CONFIG = the_config('nano/mask-rcnn_vim-nano*.py')
+CONFIG = the_config('nano/mask-rcnn_vim-nano*nuts*.py')
 #: The photographs' 4:3, in fewer pixels.
 SMALL = {
     f'{loader}.dataset.pipeline.{index}.scale': '(160,120)'
@@ -35,6 +36,11 @@ SMALL = {
         ('val_dataloader', 1),
         ('test_dataloader', 1),
     )
+}
+SHORT = {
+    'train_cfg.max_iters': 3,
+    'default_hooks.logger.interval': 1,
+    'default_hooks.checkpoint.interval': 1,
 }
 METRICS = {'coco/bbox_mAP', 'coco/segm_mAP'}
 
@@ -68,17 +74,16 @@ def official(place):
 
 @pytest.fixture(scope='module')
 def trained(place, nuts, official):
-    """The work folder of two iterations, begun with the official file."""
+    """The work folder of three iterations, begun with the official file."""
     call(
         *('mim', 'train', 'mmdet', CONFIG, '--work-dir', 'trained'),
         *options(
             {
-                'train_cfg.max_iters': 2,
-                'default_hooks.logger.interval': 1,
                 'randomness.seed': 0,
                 'model.backbone.init_cfg.type': 'Pretrained',
                 'model.backbone.init_cfg.checkpoint': official,
             },
+            SHORT,
             SMALL,
         ),
         cwd=place,
@@ -88,7 +93,7 @@ def trained(place, nuts, official):
 
 
 def test_training(trained):
-    assert list(losses(trained)) == [1, 2]
+    assert list(losses(trained)) == [1, 2, 3]
     assert all(map(math.isfinite, losses(trained).values())), losses(trained)
     validation = log(trained)[-1]
     assert set(validation) >= METRICS
@@ -103,6 +108,24 @@ def test_training_began_with_the_official_weights(trained, official):
     for name, tensor in layers.items():
         moved = (after[f'backbone.blocks.{name.removeprefix("layers.")}'] - tensor).abs().max()
         assert moved < 1e-3, name
+
+
+def test_resuming(trained, nuts, place):
+    """After two of three iterations, and without the seed, which is in the file.
+
+    The third loss is that of the training that went on, from the same images, flips and samples.
+    """
+    resumed = place / 'resumed'
+    resumed.mkdir()
+    checkpoint = shutil.copy(trained / 'iter_2.pth', resumed)
+    (resumed / 'last_checkpoint').write_text(str(checkpoint))
+    call(
+        *(sys.executable, toolbox('mmdet', 'train.py'), CONFIG, '--work-dir', 'resumed'),
+        *('--resume', *options(SHORT, SMALL)),
+        cwd=place,
+        NUTS_ROOT=str(nuts),
+    )
+    assert losses(resumed) == {3: losses(trained)[3]}
 
 
 def test_mim_test(trained, nuts, place):

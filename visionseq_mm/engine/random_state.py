@@ -44,16 +44,17 @@ class RandomStateHook(Hook):
       every checkpoint as ``random_state``, and restores them when the training is resumed, not
       with ``load_from``. Files without it resume as before;
     - builds the data loader once more if it was built before the checkpoint's seed was known;
-    - keeps what validation draws apart: how often it runs changes nothing in the training.
+    - keeps what validation draws apart (every pass over a data loader draws a seed for workers):
+      how often it runs changes nothing in the training.
 
     What is then equal, bit for bit where the operations themselves are deterministic:
 
     - ``IterBasedTrainLoop``, with and without worker processes. mmengine loads and drops all data
       up to the checkpoint, which brings the workers' generators to their place.
     - ``EpochBasedTrainLoop``, resumed from the end of an epoch, without worker processes or with
-      ``persistent_workers=False``, when all epochs begin with the same seeds of the workers. With
-      persistent workers the order of the data is right, but not the random augmentations:
-      uninterrupted workers go on drawing, resumed ones begin again with their seeds.
+      ``persistent_workers=False``: new workers have the same seeds in every epoch. With persistent
+      workers the order of the data is right, but not the random augmentations: uninterrupted
+      workers go on drawing, resumed ones begin again with their seeds.
     - Not equal: several processes. Only the state of rank 0 is in the file. Rank 0 goes on with
       it, the others with seeds drawn from it, so that no two share their dropout.
     """
