@@ -5,15 +5,17 @@ scratch and side by side. Then both are tested on pictures that they were not tr
 """
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,47 +67,76 @@ class ScriptFailed(RuntimeError):
 
 
 def say(job, text):
-    print(f'{f"[{job.title}]":21} {text}', flush=True)
+    print(f'{f"[{job.title}]":21} {text}\n', end='', flush=True)
 
 
-async def call(job, log, *command):
-    """Runs a script of tools/: all of its output to ``log``, progress on screen.
+class Scripts:
+    """Scripts of tools/ that run side by side and are stopped together."""
 
-    ScriptFailed if it does. However this ends, nothing that the script started goes on.
-    """
-    command = [str(part) for part in command]
-    say(job, shlex.join(['python', *command]))
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, *command),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        limit=2**20,  # of a line
-        start_new_session=True,  # a group of processes, to be ended as one
-        env={
-            **os.environ,
-            'SHAPES_ROOT': str(log.parent / 'data'),
-            'OMP_NUM_THREADS': '1',  # two trainings on two cores would only hinder each other
-        },
-    )
-    try:
-        with log.open('a', buffering=1) as file:
-            async for line in process.stdout:
-                line = line.decode(errors='replace')
-                print(line, end='', file=file)
-                if found := PROGRESS.search(line):
-                    mode, done, total, eta, loss = found.groups()
-                    loss = f'  loss {loss}' if loss else ''
-                    say(job, f'{mode:5} {done:>3}/{total}  eta {eta}{loss}')
-        if await process.wait():
-            end = '\n'.join(log.read_text().splitlines()[-15:])
-            raise ScriptFailed(f'{end}\n\n{job.title} failed. All of its output: {log}')
-    finally:
+    def __init__(self):
+        self.running = set()
+        self.stopped = False
+        self.lock = threading.Lock()
+
+    def start(self, command, **environment):
+        with self.lock:
+            if self.stopped:
+                raise ScriptFailed('Stopped.')
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding='utf-8',
+                errors='replace',
+                start_new_session=True,  # a group of processes, to be ended as one
+                env={**os.environ, **environment},
+            )
+            self.running.add(process)
+        return process
+
+    def end(self, process):
+        """It, if it still runs, and all that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        await process.communicate()  # until all of the group have let go of the pipe
+
+    def stop(self):
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                self.end(process)
+
+    def call(self, job, log, *command):
+        """Runs a script: all of its output to ``log``, progress on screen.
+
+        ScriptFailed if it does. However this ends, nothing that the script started goes on.
+        """
+        command = [str(part) for part in command]
+        say(job, shlex.join(['python', *command]))
+        process = self.start(
+            command,
+            SHAPES_ROOT=str(log.parent / 'data'),
+            OMP_NUM_THREADS='1',  # two trainings on two cores would only hinder each other
+        )
+        try:
+            with log.open('a', buffering=1) as file:
+                for line in process.stdout:
+                    file.write(line)
+                    if found := PROGRESS.search(line):
+                        mode, done, total, eta, loss = found.groups()
+                        loss = f'  loss {loss}' if loss else ''
+                        say(job, f'{mode:5} {done:>3}/{total}  eta {eta}{loss}')
+            if process.wait():
+                end = '\n'.join(log.read_text().splitlines()[-15:])
+                raise ScriptFailed(f'{end}\n\n{job.title} failed. All of its output: {log}')
+        finally:
+            self.end(process)
+            with self.lock:
+                self.running.discard(process)
+            process.stdout.close()
+            process.wait()
 
 
-async def train_and_test(job, args):
+def train_and_test(job, args, scripts):
     """{metric: value} and the minutes it took."""
     start = time.monotonic()
     folder, log = args.work_dir / job.folder, args.work_dir / f'{job.folder}.log'
@@ -115,10 +146,10 @@ async def train_and_test(job, args):
     if args.iterations:
         options.append(f'train_cfg.max_iters={args.iterations}')
     log.write_text('')
-    await call(job, log, train, config, '--work-dir', folder, '--cfg-options', *options)
+    scripts.call(job, log, train, config, '--work-dir', folder, '--cfg-options', *options)
     checkpoint = os.path.relpath((folder / 'last_checkpoint').read_text())
     out = '--work-dir', folder, '--out', folder / job.out
-    await call(job, log, test, config, checkpoint, *out)
+    scripts.call(job, log, test, config, checkpoint, *out)
     # One for each test in this folder, named by the time.
     measured = json.loads(max(folder.glob('*/*.json')).read_text())
     # mmdet leaves out what it cannot measure where nothing at all was found.
@@ -128,19 +159,20 @@ async def train_and_test(job, args):
     return values, (time.monotonic() - start) / 60
 
 
-async def side_by_side(args):
+def side_by_side(args):
     """The results of all jobs. When one fails, or a signal comes, none goes on."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_IGN:  # nohup
-            continue
-        asyncio.get_running_loop().add_signal_handler(number, asyncio.current_task().cancel)
-    tasks = [asyncio.create_task(train_and_test(job, args)) for job in JOBS]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores
+            signal.signal(number, signal.default_int_handler)
+    scripts = Scripts()
+    with ThreadPoolExecutor(len(JOBS)) as pool:
+        try:
+            futures = [pool.submit(train_and_test, job, args, scripts) for job in JOBS]
+            for future in as_completed(futures):
+                future.result()  # raises at once what the first of them raised
+            return [future.result() for future in futures]
+        finally:
+            scripts.stop()
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -177,8 +209,8 @@ def main(arguments=None):
         draw_split(args.work_dir / 'data', split, count, seed)
     print(f'Drew {NUM_IMAGES} pictures in {args.work_dir / "data"}')
     try:
-        results = asyncio.run(side_by_side(args))
-    except asyncio.CancelledError:
+        results = side_by_side(args)
+    except KeyboardInterrupt:
         sys.exit('Stopped.')
     except ScriptFailed as error:
         sys.exit(str(error))
