@@ -91,6 +91,13 @@ def test_category_that_is_left_out(tmp_path, caplog, monkeypatch):
     assert sorted(found) == [0, 0, 1, 1]
 
 
+def test_palette_of_fewer_classes(tmp_path):
+    """Which mmdet would refuse when it draws."""
+    metainfo = dict(classes=NAMES, palette=[(0, 0, 0), (9, 9, 9)])
+    with pytest.raises(ValueError, match='palette has 2 colours for 3 classes'):
+        CocoDataset(**arguments(write_coco(tmp_path), metainfo=metainfo))
+
+
 def test_annotation_of_another_image(tmp_path, caplog, monkeypatch):
     """As when the list of images was cut; mmdet ignores it, too."""
     monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [caplog.handler])

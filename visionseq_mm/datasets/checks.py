@@ -19,7 +19,7 @@ def some(items, count=5):
 
 
 class NamedClasses:
-    """Before a data set among the bases: ``metainfo.classes`` must be a tuple of names."""
+    """Before a data set among the bases: ``metainfo`` must name the classes and fit itself."""
 
     @classmethod
     def _load_metainfo(cls, metainfo=None):
@@ -38,6 +38,14 @@ class NamedClasses:
         repeated = [name for name, count in Counter(classes).items() if count > 1]
         if repeated:
             raise ValueError(f'metainfo.classes has {some(map(repr, repeated))} more than once.')
+        palette = loaded.get('palette') or ()
+        # mmdet's has the 80 colours of COCO, of which fewer may be used.
+        if not isinstance(palette, str) and 0 < len(palette) < len(classes):
+            raise ValueError(
+                f'metainfo.palette has {len(palette)} colours for {len(classes)} classes: give '
+                'one (red, green, blue) for each class, in the same order. A palette may come '
+                "from the base's metainfo, with which this one merges."
+            )
         return loaded
 
 
