@@ -1,15 +1,11 @@
 _base_ = [
-    '../_base_/models/mask-rcnn.py',
+    '../_base_/models/mask-rcnn_nano.py',
     '../_base_/datasets/shapes_instance.py',
     '../_base_/schedules/adamw_iters.py',
     '../_base_/default_runtime_det.py',
 ]
 num_classes = 4
 dims = [32, 64, 96, 128]  # half of SecViT-T's and less, with heads of 16 channels
-# A quarter of mmdet's width, and of its proposals and samples what so small a picture needs.
-channels = 64
-num_proposals = 100
-num_samples = 32
 model = dict(
     backbone=dict(
         type='visionseq_mm.SecViT',
@@ -20,25 +16,17 @@ model = dict(
             layer_scale=(False, False, False, False),
         ),
     ),
-    neck=dict(type='FPN', in_channels=dims, out_channels=channels, num_outs=5),
-    rpn_head=dict(in_channels=channels, feat_channels=channels),
+    neck=dict(type='FPN', in_channels=dims, out_channels=_base_.channels, num_outs=5),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=channels),
-        bbox_head=dict(in_channels=channels, fc_out_channels=256, num_classes=num_classes),
-        mask_roi_extractor=dict(out_channels=channels),
-        mask_head=dict(
-            in_channels=channels,
-            conv_out_channels=channels,
-            num_convs=2,
-            num_classes=num_classes,
-        ),
+        bbox_head=dict(num_classes=num_classes), mask_head=dict(num_classes=num_classes)
     ),
+    # Half of nano's proposals and samples, which is what so small a picture needs.
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
-        rpn_proposal=dict(nms_pre=200, max_per_img=num_proposals),
-        rcnn=dict(sampler=dict(num=num_samples)),
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(sampler=dict(num=32)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=num_proposals)),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
 )
 train_cfg = dict(max_iters=300, val_interval=300)
 default_hooks = dict(

@@ -212,6 +212,7 @@ def test_classes_of_a_subclass(tmp_path):
         (dict(classes='sky'), TypeError, ["got 'sky'", "('cat',)"]),
         (dict(classes=('sky', 'sky')), ValueError, ["'sky' more than once"]),
         (dict(classes=NAMES, palette=[[0, 0, 0]]), ValueError, ['1 colours for 3 classes']),
+        (dict(classes=NAMES, palette=[[0, 0, 0]] * 4), ValueError, ['palette does not match']),
     ],
 )
 def test_metainfo(metainfo, error, words, tmp_path):

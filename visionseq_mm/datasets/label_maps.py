@@ -101,15 +101,6 @@ class LabelMapDataset(CheckedFolders, BaseSegDataset):
             not as above.
     """
 
-    def _update_palette(self):
-        palette, classes = self._metainfo.get('palette', ()), self._metainfo['classes']
-        if self.label_map is None and len(palette) not in (0, len(classes)):
-            raise ValueError(
-                f'metainfo.palette has {len(palette)} colours for {len(classes)} classes: give '
-                'one [red, green, blue] for each class, in the same order, or no palette.'
-            )
-        return super()._update_palette()
-
     def load_data_list(self):
         data_list = super().load_data_list()
         if self.has_label_maps:
