@@ -49,21 +49,23 @@ def test_autocast(name):
 
 def test_vim_keeps_its_stream_and_states_in_float32(monkeypatch):
     """Under autocast, in which the mixers' matrices are bfloat16."""
-    scans = []
+    mixers = []
 
-    def spy(u, dt, A, B, C, D, dt_bias, reverse):
-        scans.append((u.dtype, A.dtype, D.dtype, dt_bias.dtype))
-        return vim_module_scan(u, dt, A, B, C, D, dt_bias=dt_bias, reverse=reverse)
+    def spy(tokens, *weights):
+        mixers.append([x.dtype for x in (tokens, *weights[5:8])])
+        out = vim_mixer(tokens, *weights)
+        mixers[-1].append(out.dtype)
+        return out
 
-    vim_module_scan = vim_module.selective_scan
-    monkeypatch.setattr(vim_module, 'selective_scan', spy)
+    vim_mixer = vim_module.vim_mixer
+    monkeypatch.setattr(vim_module, 'vim_mixer', spy)
     model = build('vim')
     with torch.no_grad():
         model.pos_embed += 1000  # in bfloat16, whose neighbours are 4 apart here, blocks vanish
     with torch.autocast('cpu', torch.bfloat16):
         maps = model(image(64, 64))
     low, full = torch.bfloat16, torch.float32
-    assert scans == [(low, full, full, full)] * 8
+    assert mixers == [[full, full, full, full, low]] * 4  # tokens, dt_bias, A, D, result
     assert {m.dtype for m in maps} == {full}
     for before, after in pairwise(maps):
         assert ((after - before) != 0).float().mean() > 0.9

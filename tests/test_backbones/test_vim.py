@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_cases import build, image, randomize
+from backbone_cases import build, gradients, image, loss_of, randomize
+from backbone_twins import (
+    affine,
+    causal_conv_twin,
+    map_twin,
+    rms_norm,
+    stem_twin,
+    vim_direction,
+    vim_mixer_twin,
+)
 
 from visionseq_mm.backbones import Vim
 
@@ -92,6 +101,127 @@ def test_backward_direction_is_the_forward_one_of_the_flipped_sequence():
     tokens = torch.randn(2, 11, 16, dtype=torch.float64)
     torch.testing.assert_close(exchanged(tokens.flip(1)).flip(1), mixer(tokens))
     assert not torch.allclose(mixer(tokens.flip(1)).flip(1), mixer(tokens))
+
+
+# ---------------------------------------------------------- directional designs
+
+DESIGNS = ('none', 'layer', 'ssm', 'ssm_conv')
+designs = pytest.mark.parametrize('design', DESIGNS)
+
+
+def design_twin(block, tokens, design, index):
+    """The mixer of a block from one direction after the other."""
+    m = block.mixer
+    x, z = affine(tokens, m.in_proj).chunk(2, -1)
+    own = m.conv1d, m.x_proj, m.dt_proj, m.A_log, m.D
+    if design == 'none' or (design == 'layer' and index % 2 == 0):
+        y = vim_direction(x, z, *own)
+    elif design == 'layer':
+        y = vim_direction(x.flip(1), z.flip(1), *own).flip(1)
+    elif design == 'ssm_conv':
+        return vim_mixer_twin(m, tokens)
+    else:
+        # One convolution and projection; the second scan runs from the other end of them.
+        u = F.silu(causal_conv_twin(x, m.conv1d))
+        dt, B, C = affine(u, m.x_proj).split([m.dt_rank, 16, 16], -1)
+        inputs = u, F.softplus(affine(dt, m.dt_proj)), B, C
+        y = scan_steps(*inputs, -m.A_log.exp(), m.D)
+        y = y + scan_steps(*(t.flip(1) for t in inputs), -m.A_b_log.exp(), m.D).flip(1)
+        y = y / 2 * F.silu(z)
+    return affine(y, m.out_proj)
+
+
+def scan_steps(u, delta, B, C, A, D):
+    h, ys = 0, []
+    for t in range(u.shape[1]):
+        step = delta[:, t, :, None]
+        h = (step * A).exp() * h + step * B[:, t, None, :] * u[:, t, :, None]
+        ys.append((h * C[:, t, None, :]).sum(-1) + D * u[:, t])
+    return torch.stack(ys, 1)
+
+
+@designs
+def test_design_equals_twin(design):
+    model = randomize(build('vim', bidirectional=design))
+    picture = image(48, 80, dtype=torch.float64)
+    maps, grads = gradients(model, picture)
+    assert None not in grads.values()
+
+    def twin(picture):
+        residual = stem_twin(model, picture, 16).flatten(1, 2)
+        streams = []
+        for i, block in enumerate(model.blocks):
+            hidden = rms_norm(residual, block.norm.weight)
+            residual = residual + design_twin(block, hidden, design, i)
+            streams.append(map_twin(residual, (3, 5)))
+        return streams
+
+    model.zero_grad()
+    expected = twin(picture)
+    loss_of(expected).backward()
+    torch.testing.assert_close(maps, tuple(expected))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad, msg=name)
+
+
+@designs
+def test_what_a_token_sees(design):
+    """Everything with two directions, what stands before it with one."""
+    model = randomize(build('vim', bidirectional=design, out_indices=(0, 3)))
+    picture = image(16, 96, dtype=torch.float64)
+    other = picture.clone()
+    other[..., 48:64] += 1  # the fourth of six tokens
+    changed = [
+        (a - b).abs().sum((0, 1, 2)) > 0 for a, b in zip(model(picture), model(other), strict=True)
+    ]
+    one_way = [False, False, False, True, True, True]
+    whole = [True] * 6
+    expected = dict(none=(one_way, one_way), layer=(one_way, whole)).get(design, (whole, whole))
+    assert [x.tolist() for x in changed] == list(expected)
+
+
+@pytest.mark.parametrize(('design', 'suffixed'), [('none', 0), ('layer', 0), ('ssm', 1)])
+def test_designs_share_parameters(design, suffixed):
+    mixer = build('vim', bidirectional=design).blocks[1].mixer
+    names = {name for name, _ in mixer.named_parameters()}
+    assert sum('_b' in name for name in names) == suffixed
+    full = {name for name, _ in build('vim').blocks[1].mixer.named_parameters()}
+    assert names < full
+    assert sum('_b' in name for name in full) == 7  # two of conv1d and dt_proj, x_proj, A, D
+
+
+def test_design_and_level_by_name():
+    with pytest.raises(ValueError, match=r"bidirectional must be 'none', .* got 'v2'"):
+        build('vim', bidirectional='v2')
+    with pytest.raises(ValueError, match=r"recompute must be 'none' or 'kernel', got True"):
+        build('vim', recompute=True)
+
+
+@designs
+def test_recomputation_levels(design):
+    """The same gradients, and the less kept the more is computed again."""
+    picture = image(512, 512)
+    results, kept = [], []
+    for level in (dict(recompute='none'), dict(), dict(with_cp=True)):
+        model = build('vim', bidirectional=design, **level)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes = {}
+
+        def keep(x, sizes=sizes, parameters=parameters):
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = loss_of(model(picture))
+        loss.backward()
+        results.append([p.grad for p in model.parameters()])
+        kept.append(sum(sizes.values()))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+    assert kept[0] > 2 * kept[1]
+    assert kept[1] > kept[2]
 
 
 # -------------------------------------------------------------- initialisation

@@ -1,7 +1,7 @@
 """Naive twins of the ops, each written from its equation, and what the op tests share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -9,8 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from visionseq_mm.ops import cluster_attention, mlstm, sec_attention, sec_partition, selective_scan
+from visionseq_mm.ops import (
+    bidirectional_scan,
+    cluster_attention,
+    conv1d_silu,
+    mlstm,
+    sec_attention,
+    sec_partition,
+    selective_scan,
+    vim_mixer,
+)
 from visionseq_mm.ops.cluster_attention import reference as cluster_reference
+from visionseq_mm.ops.dispatch import INSTALLED
 from visionseq_mm.ops.mlstm import reference as mlstm_reference
 from visionseq_mm.ops.selective_scan import reference as scan_reference
 
@@ -36,6 +46,65 @@ def scan_twin(u, dt, A, B, C, D=None, z=None, dt_bias=None):
     if D is not None:
         y = y + D * u
     return y if z is None else y * z * torch.sigmoid(z)
+
+
+def both_twin(u, dt, A, B, C, D=None, z=None, dt_bias=None):
+    """Each direction for itself, the second of flipped tokens, and half their sum gated."""
+
+    def one(s, flip):
+        inputs = [None if x is None else x[s] for x in (u, dt, A, B, C, D)]
+        inputs += [None, None if dt_bias is None else dt_bias[s]]
+        return flipped(scan_twin, inputs) if flip else scan_twin(*inputs)
+
+    y = (one(0, flip=False) + one(1, flip=True)) / 2
+    return y if z is None else y * z * torch.sigmoid(z)
+
+
+def conv_twin(x, weight, bias, reverse=(False, True)):
+    """Token by token over its predecessors; a reversed direction of flipped tokens."""
+
+    def one(x, weight, bias):
+        W = weight.shape[1]
+        out = []
+        for t in range(x.shape[1]):
+            total = bias.expand(x.shape[0], -1)
+            for k in range(W):
+                if t - W + 1 + k >= 0:
+                    total = total + weight[:, k] * x[:, t - W + 1 + k]
+            out.append(total * torch.sigmoid(total))
+        return torch.stack(out, 1)
+
+    return torch.stack(
+        [
+            one(x.flip(1), w, b).flip(1) if backwards else one(x, w, b)
+            for w, b, backwards in zip(weight, bias, reverse, strict=True)
+        ]
+    )
+
+
+def mixer_twin(
+    tokens,
+    in_proj,
+    conv_weight,
+    conv_bias,
+    x_proj,
+    dt_proj,
+    dt_bias,
+    A,
+    D,
+    out_proj,
+    reverse=(False, True),
+    conv_reverse=None,
+):
+    """One part after the other, in the order of the equations."""
+    x, z = (tokens @ in_proj.mT).chunk(2, -1)
+    u = conv_twin(x, conv_weight, conv_bias, conv_reverse or reverse)
+    R, N, ys = dt_proj.shape[2], A.shape[2], []
+    for s, backwards in enumerate(reverse):
+        low, B, C = (u[s] @ x_proj[s].mT).split([R, N, N], -1)
+        inputs = [u[s], low @ dt_proj[s].mT, A[s], B, C, D[s], None, dt_bias[s]]
+        ys.append(flipped(scan_twin, inputs) if backwards else scan_twin(*inputs))
+    return (sum(ys) / len(ys) * z * torch.sigmoid(z)) @ out_proj.mT
 
 
 def mlstm_twin(q, k, v, i, f, eps=1e-6):
@@ -87,6 +156,25 @@ def scan_inputs(L, D=5, N=3):
     return [u, dt, -A.abs(), *rest]
 
 
+def both_inputs(L, D=5, N=3):
+    shapes = [(2, 2, L, D), (2, 2, L, D), (2, D, N), (2, 2, L, N), (2, 2, L, N)]
+    u, dt, A, *rest = normal(*shapes, (2, D), (2, L, D), (2, D))
+    return [u, dt, -A.abs(), *rest]
+
+
+def conv_inputs(L, D=5, W=4):
+    return normal((2, L, D), (2, D, W), (2, D))
+
+
+def mixer_inputs(L, D=6, S=2, N=3, R=2, W=4):
+    E = 2 * D
+    shapes = [(2, L, D), (2 * E, D), (S, E, W), (S, E), (S, R + 2 * N, E), (S, E, R), (S, E)]
+    *weights, A, skip, out_proj = normal(*shapes, (S, E, N), (S, E), (D, E))
+    # Step sizes of half, and outputs of the size of inputs.
+    weights[1], weights[4] = weights[1] / D**0.5, weights[4] / E**0.5
+    return [*weights, -A.abs(), skip, out_proj / E**0.5]
+
+
 def mlstm_inputs(S, Dh=6, H=3):
     q, k, v, i, f = normal(*[(2, S, H, Dh)] * 3, *[(2, S, H)] * 2)
     # Input gates on both sides of the bound exp(−m), forget gates as at the start of training.
@@ -110,20 +198,43 @@ class Case:
     op: Callable
     twin: Callable
     inputs: Callable[[int], list[Tensor]]
-    schema: Callable[[list[Tensor]], tuple]  # arguments of torch.ops.visionseq_mm.<name>
-    steps: Callable[[list[Tensor]], None]  # the implementation, forward and backward
+    schema: Callable[[list[Tensor]], tuple]  # arguments of torch.ops.visionseq_mm.<registered>
+    steps: Callable[[list[Tensor]], None] | None = None  # the reference, forward and backward
+    wide: tuple[int, ...] = ()  # inputs that may be float32 beside bfloat16
+    registered: str = ''
+    backend: str = 'reference'
+
+    def __post_init__(self):
+        self.registered = self.registered or self.name
 
     def __str__(self):
-        return self.name
+        return f'{self.name}-{self.backend}'
+
+    def on(self, backend):
+        """The same case of another implementation."""
+        schema = self.schema
+        return replace(
+            self,
+            op=partial(self.op, backend=backend),
+            schema=lambda xs: (*schema(xs)[:-1], backend),
+            backend=backend,
+        )
 
 
 def clusters_of(x: Tensor) -> int:
     return min(3, x.shape[1])
 
 
+def one_direction(inputs):
+    """The arguments of one scan as those of the registered op, directions first."""
+    *inputs, z, dt_bias = inputs
+    return *(x[None] for x in inputs), z, dt_bias[None]
+
+
 def _scan_steps(inputs):
-    out, states = scan_reference.forward(*inputs, False)
-    scan_reference.backward(torch.ones_like(out), *inputs, states, False)
+    inputs = one_direction(inputs)
+    out, states = scan_reference.forward(*inputs, [False])
+    scan_reference.backward(torch.ones_like(out), *inputs, states, [False])
 
 
 def _mlstm_steps(inputs):
@@ -142,8 +253,34 @@ SCAN = Case(
     selective_scan,
     scan_twin,
     scan_inputs,
-    lambda xs: (*xs, False, 'reference'),
+    lambda xs: (*one_direction(xs), [False], 'reference'),
     _scan_steps,
+    wide=(2, 5, 7),
+)
+BOTH = Case(
+    'bidirectional_scan',
+    bidirectional_scan,
+    both_twin,
+    both_inputs,
+    lambda xs: (*xs, [False, True], 'reference'),
+    wide=(2, 5, 7),
+    registered='selective_scan',
+)
+CONV = Case(
+    'conv1d_silu',
+    conv1d_silu,
+    conv_twin,
+    conv_inputs,
+    lambda xs: (*xs, [False, True], 'reference'),
+    wide=(1, 2),
+)
+MIXER = Case(
+    'vim_mixer',
+    vim_mixer,
+    mixer_twin,
+    mixer_inputs,
+    lambda xs: (*xs, [False, True], [False, True], True, 'reference'),
+    wide=(6, 7, 8),
 )
 MLSTM = Case(
     'mlstm',
@@ -152,6 +289,7 @@ MLSTM = Case(
     mlstm_inputs,
     lambda xs: (*xs, False, 1e-6, 'reference'),
     _mlstm_steps,
+    wide=(3, 4),
 )
 CLUSTER = Case(
     'sec_attention',
@@ -167,7 +305,13 @@ CLUSTER = Case(
     ),
     _cluster_steps,
 )
-CASES = (SCAN, MLSTM, CLUSTER)
+VIM = (SCAN, BOTH, CONV, MIXER)
+CASES = tuple(
+    case.on(backend)
+    for case in (*VIM, MLSTM, CLUSTER)
+    for backend in (('reference', 'cpu') if case in VIM else ('reference',))
+    if backend != 'cpu' or INSTALLED['numba']
+)
 
 
 def fixed_order(q, k, v):

@@ -1,38 +1,74 @@
-from types import ModuleType
-
 import pytest
+import torch
 
+from visionseq_mm.ops import dispatch
 from visionseq_mm.ops.dispatch import ENV, Backends
+from visionseq_mm.ops.selective_scan import cpu, reference
 
-fast, slow = ModuleType('fast'), ModuleType('slow')
+PACKAGE = 'visionseq_mm.ops.selective_scan'
+X = torch.zeros(1)
 
 
 @pytest.fixture
 def backends(monkeypatch):
     monkeypatch.delenv(ENV, raising=False)
-    return Backends('op', fast=fast, slow=slow)
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    monkeypatch.setattr(dispatch, 'INSTALLED', dict(numba=True, triton=True))
+    return Backends('op', PACKAGE, 'reference', 'cpu', 'triton')
 
 
-def test_auto_is_the_first(backends):
-    assert backends.select() == backends.select('auto') == 'fast'
-    assert backends['slow'] is slow
+def test_auto_is_the_best_for_the_tensor(backends):
+    assert backends.select(None, X) == backends.select('auto', X) == 'cpu'
+    assert backends.select('auto', X.to('meta')) == 'reference'
+    assert backends['cpu'] is cpu
+    assert backends['reference'] is reference
+
+
+def test_auto_without_numba(backends, monkeypatch):
+    monkeypatch.setattr(dispatch, 'INSTALLED', dict(numba=False, triton=True))
+    assert backends.select('auto', X) == 'reference'
+    with pytest.raises(ValueError, match=r"backend='cpu' is not available.*needs Numba: pip"):
+        backends.select('cpu', X)
+
+
+def test_the_interpreter_is_for_those_who_ask(backends, monkeypatch):
+    with pytest.raises(ValueError, match=r"backend='triton'.*needs inputs on a GPU, or on a"):
+        backends.select('triton', X)
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    assert backends.select('triton', X) == 'triton'
+    assert backends.select('auto', X) == 'cpu'
+    with pytest.raises(ValueError, match='has no float64'):
+        backends.select('triton', X.double())
+
+
+def test_limits_of_an_op(backends):
+    limits = dict(cpu='takes at most 3 things, got 4')
+    assert backends.select('auto', X, **limits) == 'reference'
+    with pytest.raises(ValueError, match='it takes at most 3 things, got 4'):
+        backends.select('cpu', X, **limits)
 
 
 def test_argument_before_environment(backends, monkeypatch):
-    monkeypatch.setenv(ENV, 'slow')
-    assert backends.select() == 'slow'
-    assert backends.select('fast') == 'fast'
-    assert backends.select('auto') == 'fast'
+    monkeypatch.setenv(ENV, 'reference')
+    assert backends.select(None, X) == 'reference'
+    assert backends.select('cpu', X) == 'cpu'
+    assert backends.select('auto', X) == 'cpu'
 
 
 def test_empty_environment_is_auto(backends, monkeypatch):
     monkeypatch.setenv(ENV, '')
-    assert backends.select() == 'fast'
+    assert backends.select(None, X) == 'cpu'
 
 
-def test_unavailable(backends, monkeypatch):
-    with pytest.raises(ValueError, match=r"op: backend='triton'.*\['auto', 'fast', 'slow'\]"):
-        backends.select('triton')
-    monkeypatch.setenv(ENV, 'triton')
-    with pytest.raises(ValueError, match=r"op: VISIONSEQ_BACKEND='triton'"):
-        backends.select()
+def test_unknown(backends, monkeypatch):
+    choices = r"choose one of \['auto', 'reference', 'cpu'\]"
+    with pytest.raises(ValueError, match=rf"op: backend='cuda' is unknown; {choices}"):
+        backends.select('cuda', X)
+    monkeypatch.setenv(ENV, 'cuda')
+    with pytest.raises(ValueError, match=rf"op: VISIONSEQ_BACKEND='cuda' is unknown; {choices}"):
+        backends.select(None, X)
+
+
+def test_not_written_for_an_op():
+    with pytest.raises(ValueError, match=r"'cpu' is unknown; choose one of \['auto', 'reference'"):
+        Backends('op', PACKAGE, 'reference').select('cpu', X)

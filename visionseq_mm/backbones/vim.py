@@ -18,42 +18,59 @@ from torch import nn
 
 from visionseq_mm import checkpoints
 from visionseq_mm.backbones.base import PlainBackbone, linear_ramp
-from visionseq_mm.ops import selective_scan
+from visionseq_mm.ops import vim_mixer
 from visionseq_mm.registry import MODELS
 
 
 class VimMixer(nn.Module):
-    """Bidirectional Mamba mixer ("v2" in the official code): (B, L, D) -> (B, L, D).
+    """Mamba mixer in one direction or in both: (B, L, D) -> (B, L, D).
 
     For each direction, with x, z = split(in_proj(tokens)):
 
         u = SiLU(conv1d(x));   dt, B, C = split(x_proj(u))
         y = selective_scan(u, softplus(dt_proj(dt) + bias), -exp(A_log), B, C, D)
 
-    and the result is out_proj((y_forward + y_backward) * SiLU(z) / 2). The two
-    directions share in_proj, z and out_proj, nothing else; the backward one
-    has the suffix ``_b``.
+    and the result is out_proj(mean of y over the directions * SiLU(z)). The layers hold the
+    weights; :func:`visionseq_mm.ops.vim_mixer` computes all of it in one operation.
+
+    Args:
+        embed_dims (int): D.
+        depth (int): Blocks of the model, for the initial scale of out_proj.
+        bidirectional (str): See :class:`Vim`. What a backward direction has
+            for itself carries the suffix ``_b``.
+        reverse (bool): Whether a single direction starts at the last token.
+        recompute (bool): Keep only the tokens and a few states for the
+            backward pass.
     """
 
     state_dims = 16
     conv_size = 4
 
-    def __init__(self, embed_dims, depth):
+    def __init__(self, embed_dims, depth, bidirectional='ssm_conv', reverse=False, recompute=True):
         super().__init__()
         inner = 2 * embed_dims
+        self.bidirectional = bidirectional
+        both = bidirectional in ('ssm', 'ssm_conv')
+        self.reverse = (False, True) if both else (reverse,)
+        # The scans of 'ssm' read one convolution, which is causal.
+        self.conv_reverse = (False, False) if bidirectional == 'ssm' else self.reverse
+        self.recompute = recompute
         self.dt_rank = math.ceil(embed_dims / 16)
         self.in_proj = nn.Linear(embed_dims, 2 * inner, bias=False)
-        both = range(2)
-        self.conv1d, self.conv1d_b = (
-            nn.Conv1d(inner, inner, self.conv_size, groups=inner) for _ in both
-        )
-        self.x_proj, self.x_proj_b = (
-            nn.Linear(inner, self.dt_rank + 2 * self.state_dims, bias=False) for _ in both
-        )
-        self.dt_proj, self.dt_proj_b = (nn.Linear(self.dt_rank, inner) for _ in both)
+        suffixes = ('', '_b') if bidirectional == 'ssm_conv' else ('',)
+        for suffix in suffixes:
+            conv = nn.Conv1d(inner, inner, self.conv_size, groups=inner)
+            self.add_module('conv1d' + suffix, conv)
+        for suffix in suffixes:
+            x_proj = nn.Linear(inner, self.dt_rank + 2 * self.state_dims, bias=False)
+            self.add_module('x_proj' + suffix, x_proj)
+        for suffix in suffixes:
+            self.add_module('dt_proj' + suffix, nn.Linear(self.dt_rank, inner))
         A_log = torch.arange(1, self.state_dims + 1).float().log().repeat(inner, 1)
-        self.A_log, self.A_b_log = (nn.Parameter(A_log.clone()) for _ in both)
-        self.D, self.D_b = (nn.Parameter(torch.ones(inner)) for _ in both)
+        for name in ('A_log', 'A_b_log') if both else ('A_log',):
+            self.register_parameter(name, nn.Parameter(A_log.clone()))
+        for suffix in suffixes:
+            self.register_parameter('D' + suffix, nn.Parameter(torch.ones(inner)))
         self.out_proj = nn.Linear(inner, embed_dims, bias=False)
         self.reset_parameters(depth)
 
@@ -66,33 +83,39 @@ class VimMixer(nn.Module):
                 torch.empty_like(self.dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1))
             ).clamp_min(1e-4)
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-            nn.init.zeros_(self.dt_proj_b.bias)
+            if self.bidirectional == 'ssm_conv':
+                nn.init.zeros_(self.dt_proj_b.bias)
             nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
             self.out_proj.weight.div_(math.sqrt(depth))
 
-    def scan(self, x, reverse):
-        """One direction, before the gate: (B, L, E) -> (B, L, E)."""
-        conv, x_proj, dt_proj, A_log, D = (
-            (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-            if reverse
-            else (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        )
-        # The backward direction is a causal convolution of the flipped sequence, which is an
-        # anti-causal one with its taps reversed: nothing needs flipping but the taps.
-        weight = conv.weight.flip(-1) if reverse else conv.weight
-        past = self.conv_size - 1
-        x = F.pad(x.transpose(1, 2), (0, past) if reverse else (past, 0))
-        u = F.silu(F.conv1d(x, weight, conv.bias, groups=weight.shape[0]).transpose(1, 2))
-        dt, B, C = x_proj(u).split([self.dt_rank, self.state_dims, self.state_dims], dim=-1)
-        # The bias joins inside the scan, in float32.
-        dt = F.linear(dt, dt_proj.weight)
-        A = -torch.exp(A_log)
-        return selective_scan(u, dt, A, B, C, D, dt_bias=dt_proj.bias, reverse=reverse)
+    def directions(self):
+        """Convolution, projections, A_log and D of each direction."""
+        first = self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D
+        if self.bidirectional == 'ssm':
+            return first, (self.conv1d, self.x_proj, self.dt_proj, self.A_b_log, self.D)
+        if self.bidirectional == 'ssm_conv':
+            own = self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
+            return first, own
+        return (first,)
 
     def forward(self, tokens):
-        x, z = self.in_proj(tokens).chunk(2, dim=-1)
-        y = self.scan(x, reverse=False) + self.scan(x, reverse=True)
-        return self.out_proj(y * F.silu(z) / 2)
+        conv, x_proj, dt_proj, A_log, D = zip(*self.directions(), strict=True)
+        A_log = torch.stack(A_log)
+        return vim_mixer(
+            tokens,
+            self.in_proj.weight,
+            torch.stack([layer.weight.squeeze(1) for layer in conv]),
+            torch.stack([layer.bias for layer in conv]),
+            torch.stack([layer.weight for layer in x_proj]),
+            torch.stack([layer.weight for layer in dt_proj]),
+            torch.stack([layer.bias for layer in dt_proj]),
+            -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32))),
+            torch.stack(D),
+            self.out_proj.weight,
+            self.reverse,
+            self.conv_reverse,
+            self.recompute,
+        )
 
 
 class StreamNorm(nn.RMSNorm):
@@ -110,10 +133,10 @@ class StreamNorm(nn.RMSNorm):
 class VimBlock(nn.Module):
     """Residual stream (B, L, D) -> the stream after the block, and the mixer's branch alone."""
 
-    def __init__(self, embed_dims, depth, drop_path_rate):
+    def __init__(self, embed_dims, mixer, drop_path_rate):
         super().__init__()
         self.norm = StreamNorm(embed_dims, eps=1e-5)
-        self.mixer = VimMixer(embed_dims, depth)
+        self.mixer = mixer
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, residual):
@@ -141,6 +164,14 @@ class Vim(PlainBackbone):
             maximum of the features (the official code's, that of the logits).
         feature (str | None): What ``out_indices`` tap: 'stream' (None), the
             residual stream after the block, or 'branch', its mixer's output.
+        bidirectional (str): How blocks see what comes after a token, as the
+            paper compares it: 'none', not at all; 'layer', every second block
+            reads the flipped sequence; 'ssm', a second scan in each block,
+            with an A of its own; 'ssm_conv', with convolution and projections
+            of its own too (the released models).
+        recompute (str): What a mixer computes again in the backward pass:
+            'kernel', all but its input and a few states of the scan; 'none',
+            the states alone. ``with_cp`` takes its place.
         out_indices (int | Sequence[int] | None): Blocks to return. None: the
             ends of the four quarters, (5, 11, 17, 23) for 24 blocks.
         out_type (str): 'featmap', a tuple of (B, D, h, w) maps, or 'cls', a
@@ -179,6 +210,8 @@ class Vim(PlainBackbone):
         cls_token='middle',
         pooling=None,
         feature=None,
+        bidirectional='ssm_conv',
+        recompute='kernel',
         out_indices=None,
         out_type='featmap',
         out_norm=None,
@@ -204,6 +237,16 @@ class Vim(PlainBackbone):
             )
         if feature not in ('stream', 'branch', None):
             raise ValueError(f"feature must be 'stream' or 'branch', got {feature!r}")
+        if bidirectional not in ('none', 'layer', 'ssm', 'ssm_conv'):
+            raise ValueError(
+                "bidirectional must be 'none', 'layer', 'ssm' or 'ssm_conv', "
+                f'got {bidirectional!r}'
+            )
+        if recompute not in ('none', 'kernel'):
+            raise ValueError(
+                f"recompute must be 'none' or 'kernel', got {recompute!r}; with_cp=True "
+                'recomputes whole blocks'
+            )
         self.out_indices = self.resolve_outputs(
             out_indices,
             self.depth,
@@ -232,10 +275,17 @@ class Vim(PlainBackbone):
             self.final_norm = StreamNorm(self.embed_dims, eps=1e-5)
 
         rates = linear_ramp(drop_path_rate, self.depth)
-        self.blocks = nn.ModuleList(
-            VimBlock(self.embed_dims, self.depth, rates[i])
-            for i in range(self.out_indices[-1] + 1)
-        )
+        self.blocks = nn.ModuleList()
+        for i in range(self.out_indices[-1] + 1):
+            mixer = VimMixer(
+                self.embed_dims,
+                self.depth,
+                bidirectional,
+                reverse=bidirectional == 'layer' and i % 2 == 1,
+                # A block that is computed again need not spare its own activations.
+                recompute=recompute == 'kernel' and not with_cp,
+            )
+            self.blocks.append(VimBlock(self.embed_dims, mixer, rates[i]))
         self.finish_init(out_norm, [self.embed_dims] * len(self.out_indices))
 
     def parts(self):

@@ -1,7 +1,18 @@
 """Sequence mixers on channels-last tensors; plain PyTorch, of nothing else in this package."""
 
 from visionseq_mm.ops.cluster_attention import cluster_attention, sec_attention, sec_partition
+from visionseq_mm.ops.conv1d_silu import conv1d_silu
 from visionseq_mm.ops.mlstm import mlstm
-from visionseq_mm.ops.selective_scan import selective_scan
+from visionseq_mm.ops.selective_scan import bidirectional_scan, selective_scan
+from visionseq_mm.ops.vim_mixer import vim_mixer
 
-__all__ = ['cluster_attention', 'mlstm', 'sec_attention', 'sec_partition', 'selective_scan']
+__all__ = [
+    'bidirectional_scan',
+    'cluster_attention',
+    'conv1d_silu',
+    'mlstm',
+    'sec_attention',
+    'sec_partition',
+    'selective_scan',
+    'vim_mixer',
+]

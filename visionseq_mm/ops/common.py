@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def check_inputs(op: str, **inputs: tuple[Tensor | None, str]) -> dict[str, int]:
@@ -38,6 +39,46 @@ def check_inputs(op: str, **inputs: tuple[Tensor | None, str]) -> dict[str, int]
         if x.device != device:
             raise ValueError(f'{op}: {name} is on {x.device}, the other inputs on {device}')
     return sizes
+
+
+def check_dtypes(op: str, tensors: dict[str, Tensor | None], parameters: dict[str, Tensor | None]):
+    """Checks that `tensors` share a dtype, and that `parameters` have it or the accumulator's.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    (first, dtype), *_ = ((name, x.dtype) for name, x in tensors.items() if x is not None)
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, x in (*tensors.items(), *parameters.items()):
+        allowed = {dtype, wide} if name in parameters else {dtype}
+        if x is not None and x.dtype not in allowed:
+            raise ValueError(
+                f'{op}: {name} has dtype {x.dtype}, and beside {first} of {dtype} it must have '
+                f'{" or ".join(map(str, sorted(allowed, key=str)))}'
+            )
+
+
+def check_finite(op: str, **inputs: Tensor):
+    """Checks small tensors for NaN and infinity; waits for a GPU.
+
+    Not where there are no values to look at: while torch compiles, exports or captures.
+
+    Raises:
+        ValueError: a value that is not finite, with its place.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, x in inputs.items():
+        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if captured or x.is_meta or isinstance(x, FakeTensor):
+            continue
+        finite = x.isfinite()
+        if not finite.all():
+            place = tuple((~finite).nonzero()[0].tolist())
+            raise ValueError(
+                f'{op}: {name} must be finite, got {x[place].item()} at {place} and '
+                f'{(~finite).sum().item()} such values in all'
+            )
 
 
 def widest_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -6,11 +6,10 @@ B batch, L tokens, H heads, Dh channels of a head, K clusters.
 import torch
 from torch import Tensor
 
-from visionseq_mm.ops.cluster_attention import reference
 from visionseq_mm.ops.common import check_inputs
 from visionseq_mm.ops.dispatch import Backends
 
-BACKENDS = Backends('cluster_attention', reference=reference)
+BACKENDS = Backends('cluster_attention', __name__, 'reference')
 
 
 def cluster_attention(
@@ -64,7 +63,7 @@ def sec_partition(
         ValueError: see `cluster_attention`.
     """
     _check('sec_partition', num_clusters, valid, k=(k, 'B L H Dh'))
-    return _partition(k.detach(), num_clusters, valid, BACKENDS.select(backend))
+    return _partition(k.detach(), num_clusters, valid, BACKENDS.select(backend, k))
 
 
 def sec_attention(
@@ -102,7 +101,7 @@ def sec_attention(
             f'sec_attention: idx must be (B, H, L) = {shape}, int32, on {q.device}, '
             f'got {tuple(idx.shape)}, {idx.dtype}, on {idx.device}'
         )
-    return _forward(q, k, v, idx, num_clusters, valid, BACKENDS.select(backend))
+    return _forward(q, k, v, idx, num_clusters, valid, BACKENDS.select(backend, k))
 
 
 def _check(op: str, num_clusters: int, valid: Tensor | None, **inputs) -> dict[str, int]:

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from visionseq_mm.ops.common import check_inputs, widest_dtype
 from visionseq_mm.ops.dispatch import Backends
-from visionseq_mm.ops.mlstm import reference
 
-BACKENDS = Backends('mlstm', reference=reference)
+BACKENDS = Backends('mlstm', __name__, 'reference')
 
 
 def mlstm(
@@ -55,7 +54,7 @@ def mlstm(
         i=(i, 'B S H'),
         f=(f, 'B S H'),
     )
-    return _forward(q, k, v, i, f, reverse, eps, BACKENDS.select(backend))[0]
+    return _forward(q, k, v, i, f, reverse, eps, BACKENDS.select(backend, q))[0]
 
 
 @torch.library.custom_op('visionseq_mm::mlstm', mutates_args=())

@@ -1,16 +1,20 @@
-"""Selective scan of Mamba and Vision Mamba: one direction over a sequence.
+"""Selective scan of Mamba and Vision Mamba, over a sequence in one direction or in both.
 
-B batch, L tokens, D channels, N states.
+S directions, B batch, L tokens, D channels, N states. Inside, every op has the directions in its
+first dimension; none flips anything in memory.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from visionseq_mm.ops.common import check_inputs, widest_dtype
+from visionseq_mm.ops.common import check_dtypes, check_finite, check_inputs
 from visionseq_mm.ops.dispatch import Backends
-from visionseq_mm.ops.selective_scan import reference
 
-BACKENDS = Backends('selective_scan', reference=reference)
+BACKENDS = Backends('selective_scan', __name__, 'triton', 'cpu', 'reference')
+TRITON_STATES = 64
 
 
 def selective_scan(
@@ -32,7 +36,7 @@ def selective_scan(
         y_t = h_t C_t + D ⊙ u_t
         out_t = y_t ⊙ SiLU(z_t)
 
-    States are float32, or the widest input's type where that is wider; dtypes may be mixed.
+    States are float32, or float64 for inputs of that.
 
     Args:
         u: (B, L, D), the sequence.
@@ -45,28 +49,81 @@ def selective_scan(
         dt_bias: (D).
         reverse: scan from the last token to the first, as
             `flip(selective_scan(flip(…)))` along the tokens.
-        backend: 'auto' or the name of an implementation; None is the environment's
+        backend: 'auto', or the name of an implementation: 'triton' (at most 64 states, no
+            float64), 'cpu' (Numba) or 'reference'; None is the environment's
             `VISIONSEQ_BACKEND`, else 'auto'.
+
+    u, dt, B, C and z have one dtype; A, D and dt_bias have that or, beside half precision,
+    float32.
 
     Returns:
         (B, L, D), in u's dtype.
 
     Raises:
         ValueError: shapes that do not fit, an empty sequence, a dtype that is not floating
-            point, inputs on several devices, an unknown backend.
+            point or differs, inputs on several devices, an A that is not finite (on a GPU,
+            looking at it waits for the device), an unknown or unsuitable backend.
     """
-    check_inputs(
-        'selective_scan',
-        u=(u, 'B L D'),
-        dt=(dt, 'B L D'),
-        A=(A, 'D N'),
-        B=(B, 'B L N'),
-        C=(C, 'B L N'),
-        D=(D, 'D'),
-        z=(z, 'B L D'),
-        dt_bias=(dt_bias, 'D'),
+    shapes = dict(u='B L D', dt='B L D', A='D N', B='B L N', C='B L N', D='D', dt_bias='D')
+    inputs = dict(u=u, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)
+    backend = _check('selective_scan', shapes, inputs, z, backend)
+    u, dt, A, B, C, D, dt_bias = (None if x is None else x[None] for x in inputs.values())
+    return _forward(u, dt, A, B, C, D, z, dt_bias, [reverse], backend)[0]
+
+
+def bidirectional_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean of a scan from the first token and one from the last, each of its own inputs, gated.
+
+        out = (selective_scan(u[0], …) + selective_scan(u[1], …, reverse=True)) / 2 ⊙ SiLU(z)
+
+    Args:
+        u, dt: (2, B, L, D); A: (2, D, N); B, C: (2, B, L, N); D, dt_bias: (2, D); as those of
+            :func:`selective_scan`, and nothing is flipped.
+        z: (B, L, D), the gate of the sum.
+        backend: as there.
+
+    Returns:
+        (B, L, D), in u's dtype.
+
+    Raises:
+        ValueError: as there, and for another number of directions than 2.
+    """
+    shapes = dict(
+        u='S B L D', dt='S B L D', A='S D N', B='S B L N', C='S B L N', D='S D', dt_bias='S D'
     )
-    return _forward(u, dt, A, B, C, D, z, dt_bias, reverse, BACKENDS.select(backend))[0]
+    inputs = dict(u=u, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)
+    backend = _check('bidirectional_scan', shapes, inputs, z, backend)
+    if len(u) != 2:
+        raise ValueError(f'bidirectional_scan: u must be (2, B, L, D), got shape {tuple(u.shape)}')
+    return _forward(u, dt, A, B, C, D, z, dt_bias, [False, True], backend)[0]
+
+
+def _check(op, shapes, inputs, z, backend):
+    """Name of the implementation to run, where nothing is wrong with the inputs."""
+    checked = {name: (x, shapes[name]) for name, x in inputs.items()}
+    check_inputs(op, **checked, z=(z, 'B L D'))
+    parameters = {name: inputs[name] for name in ('A', 'D', 'dt_bias')}
+    sequences = {name: x for name, x in inputs.items() if name not in parameters}
+    check_dtypes(op, {**sequences, 'z': z}, parameters)
+    check_finite(op, A=inputs['A'])
+    return BACKENDS.select(backend, inputs['u'], **scan_limits(inputs['A']))
+
+
+def scan_limits(A: Tensor) -> dict[str, str]:
+    """Backends that do not take so many states, and why."""
+    if A.shape[-1] <= TRITON_STATES:
+        return {}
+    return dict(triton=f'takes at most {TRITON_STATES} states, and A is {tuple(A.shape)}')
 
 
 @torch.library.custom_op('visionseq_mm::selective_scan', mutates_args=())
@@ -79,21 +136,17 @@ def _forward(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
-    reverse: bool,
+    reverse: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    """The mean over the directions, gated, and the states that the backward starts from."""
     with torch.autocast(u.device.type, enabled=False):
         return BACKENDS[backend].forward(u, dt, A, B, C, D, z, dt_bias, reverse)
 
 
 @_forward.register_fake
 def _(u, dt, A, B, C, D, z, dt_bias, reverse, backend):
-    chunks = -(-u.shape[1] // BACKENDS[backend].CHUNK)
-    states = u.new_empty(
-        (chunks, u.shape[0], A.shape[1], A.shape[0]),
-        dtype=widest_dtype(u, dt, A, B, C, D, z, dt_bias),
-    )
-    return u.new_empty(u.shape), states
+    return u.new_empty(u.shape[1:]), BACKENDS[backend].new_states(u, A)
 
 
 @torch.library.custom_op(
@@ -101,7 +154,7 @@ def _(u, dt, A, B, C, D, z, dt_bias, reverse, backend):
     mutates_args=(),
     schema=(
         '(Tensor dout, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, '
-        'Tensor? z, Tensor? dt_bias, Tensor states, bool reverse, '
+        'Tensor? z, Tensor? dt_bias, Tensor states, bool[] reverse, '
         'str backend) -> Tensor[]'
     ),
 )
@@ -128,3 +181,24 @@ def _differentiate(ctx, dout, _):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def scan_flops(u, A, skip: bool, gate: bool) -> int:
+    """Operations of a scan of shapes u (S, B, L, D) and A (S, D, N), as the field counts them.
+
+    9 for each token, channel and state (state-spaces/mamba, issue 110), one for each token and
+    channel where there is a skip connection, and one where there is a gate.
+    """
+    S, B, L, D = u
+    return B * L * D * (S * (9 * A[-1] + skip) + gate)
+
+
+@register_flop_formula(torch.ops.visionseq_mm.selective_scan)
+def _forward_flops(u, dt, A, B, C, D, z, *args, **kwargs):
+    return scan_flops(u, A, D is not None, z is not None)
+
+
+@register_flop_formula(torch.ops.visionseq_mm.selective_scan_backward)
+def _backward_flops(dout, *inputs, **kwargs):
+    """Two for one of the forward pass, and its states a second time."""
+    return 3 * _forward_flops(*inputs)

@@ -1,0 +1,116 @@
+"""The backbones that are compared, by labels such as 'vim-tiny:reference' or 'deit-tiny:sdpa'."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import use_backend
+
+RECOMPUTE = ('none', 'kernel', 'with_cp')
+BACKENDS = ('auto', 'reference', 'cpu', 'triton')
+ATTENTION = ('sdpa', 'naive')
+DEIT = {'tiny': (12, 3), 'small': (12, 6)}  # depth, heads
+PRECISIONS = ('float32', 'bfloat16', 'autocast')
+
+
+def build_vim(arch: str, options: list[str]) -> tuple[nn.Module, str]:
+    """Our Vim with the last block's map, and the backend that it is to run on."""
+    from visionseq_mm.backbones import Vim
+
+    backends = [name for name in options if name in BACKENDS] or [None]
+    levels = [name for name in options if name in RECOMPUTE] or ['kernel']
+    if len(backends) + len(levels) > 2 or not set(options) <= {*BACKENDS, *RECOMPUTE}:
+        raise ValueError(f'a Vim takes one of {BACKENDS} and one of {RECOMPUTE}, got {options}')
+    with_cp = levels == ['with_cp']
+    settings = dict(with_cp=True) if with_cp else dict(recompute=levels[0])
+    return Vim(arch=arch, out_indices=-1, **settings), backends[0]
+
+
+def build_deit(arch: str, options: list[str]) -> tuple[nn.Module, None]:
+    """timm's DeiT without its head; any image size, the position table resized to it."""
+    import timm
+
+    if len(options) > 1 or not set(options) <= set(ATTENTION):
+        raise ValueError(f'a DeiT takes one of {ATTENTION}, got {options}')
+    model = timm.create_model(f'deit_{arch}_patch16_224', num_classes=0, dynamic_img_size=True)
+    for module in model.modules():
+        if hasattr(module, 'fused_attn'):
+            module.fused_attn = options != ['naive']
+    model.forward = model.forward_features
+    return model, None
+
+
+FAMILIES = {'vim': build_vim, 'deit': build_deit}
+
+
+class Runner:
+    """A backbone on a device, ready to be timed.
+
+    Args:
+        label: family-arch, then options after colons.
+        device: Where it runs.
+        precision: 'float32'; 'bfloat16', weights and images cast; 'autocast' to bfloat16.
+
+    Raises:
+        ValueError: No such model or option.
+    """
+
+    def __init__(self, label: str, device: torch.device, precision: str):
+        name, *self.options = label.split(':')
+        family, _, self.arch = name.partition('-')
+        if family not in FAMILIES or not self.arch:
+            raise ValueError(f'no model {label!r}; one is FAMILY-ARCH of {", ".join(FAMILIES)}')
+        model, self.backend = FAMILIES[family](self.arch, self.options)
+        self.label = label
+        self.ours = family == 'vim'
+        self.device = device
+        self.dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
+        self.autocast = precision == 'autocast'
+        self.model = model.to(device, self.dtype)
+
+    def image(self, size: int, batch: int) -> Tensor:
+        return torch.randn(batch, 3, size, size, device=self.device).to(self.dtype)
+
+    def _features(self, image):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            out = self.model(image)
+        return out if isinstance(out, tuple) else (out,)
+
+    def forward(self, image: Tensor) -> None:
+        self.model.eval()
+        with use_backend(self.backend), torch.inference_mode():
+            self._features(image)
+
+    def step(self, image: Tensor) -> None:
+        """Forward and backward of a loss on the features; the gradients are dropped."""
+        self.model.train()
+        with use_backend(self.backend):
+            try:
+                sum(x.float().square().mean() for x in self._features(image)).backward()
+            finally:
+                self.model.zero_grad(set_to_none=True)
+
+    def pass_(self, kind: str) -> Callable[[Tensor], None]:
+        return {'forward': self.forward, 'step': self.step}[kind]
+
+    def obstacle(self, size: int, batch: int, kind: str) -> str | None:
+        """Why not to try on a CPU, whose memory the attention maps of a DeiT may well exceed."""
+        if self.device.type != 'cpu' or 'naive' not in self.options or self.arch not in DEIT:
+            return None
+        depth, heads = DEIT[self.arch]
+        maps = 2 if kind == 'forward' else 2 * depth + 2  # scores and their softmax
+        need = maps * batch * heads * ((size // 16) ** 2 + 1) ** 2 * 4
+        if need < 0.8 * available_memory():
+            return None
+        return f'not run: attention maps of {need / 2**30:.0f} GiB'
+
+
+def available_memory() -> float:
+    """Bytes that new processes can have; unlimited where the system does not say."""
+    try:
+        with open('/proc/meminfo') as file:
+            fields = dict(line.split(':') for line in file)
+    except OSError:
+        return float('inf')
+    return int(fields['MemAvailable'].split()[0]) * 1024

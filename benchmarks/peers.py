@@ -1,0 +1,249 @@
+"""Other implementations of our ops: CUDA packages where they are installed, and torch.compile.
+
+A peer takes its inputs in the layout that it is made for, `prepare`d outside the measured time,
+and its result is `restore`d outside it too. Inputs of one direction of a scan or convolution are
+{(name, direction): tensor}, those of both {(name, None): tensor}.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Inputs = dict[object, Tensor]
+Call = Callable[[], Tensor | tuple[Tensor, ...]]
+
+
+def one_direction(p: Inputs, direction: int) -> dict[str, Tensor]:
+    return {name: x for (name, own), x in p.items() if own == direction}
+
+
+# ------------------------------------------------- mamba-ssm and causal-conv1d, channels first
+
+
+def channels_first(p: Inputs) -> Inputs:
+    """(B, L, ·) as (B, ·, L), weights as they are."""
+    return {name: x.mT if x.dim() == 3 else x for name, x in p.items()}
+
+
+def split_directions(p: Inputs) -> Inputs:
+    """Stacked directions as tensors of their own, channels first.
+
+    The official Vim makes u, dt, B and C of its backward direction from flipped tokens, so they
+    come flipped; z does not.
+    """
+    result = {}
+    for name, x in p.items():
+        if name == 'z':
+            result[name, None] = x.mT
+        elif x.dim() == 4:
+            result[name, 0], result[name, 1] = x[0].mT, x[1].mT.flip(-1)
+        else:
+            result[name, 0], result[name, 1] = x[0], x[1]
+    return result
+
+
+def _mamba_ssm(p: dict[str, Tensor], z: Tensor) -> Tensor:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    sequences = (p[name] for name in ('u', 'dt', 'A', 'B', 'C', 'D'))
+    return selective_scan_fn(*sequences, z=z, delta_bias=p['dt_bias'], delta_softplus=True)
+
+
+def mamba_scan(p: Inputs) -> Call:
+    """mamba-ssm's selective_scan_fn."""
+    return lambda: _mamba_ssm(p, p['z'])
+
+
+def mamba_scan_twice(p: Inputs) -> Call:
+    """As the official Vim: the gate in both calls, z and the second result flipped."""
+    first, second, z = one_direction(p, 0), one_direction(p, 1), p['z', None]
+
+    def call():
+        backward = _mamba_ssm(second, z.flip(-1))
+        return _mamba_ssm(first, z) / 2 + backward.flip(-1) / 2
+
+    return call
+
+
+def conv_input(p: Inputs) -> Inputs:
+    """Tokens channels first; the weights (2, D, 4) and (2, D) for each direction."""
+    weights = {(name, i): p[name][i] for name in ('weight', 'bias') for i in (0, 1)}
+    return {'x': p['x'].mT, **weights}
+
+
+def causal_conv_twice(p: Inputs) -> Call:
+    """causal-conv1d on the tokens and on the flipped tokens, which stay flipped."""
+    from causal_conv1d import causal_conv1d_fn
+
+    def call():
+        x = p['x']
+        return tuple(
+            causal_conv1d_fn(y, p['weight', i], p['bias', i], activation='silu')
+            for i, y in enumerate((x, x.flip(-1)))
+        )
+
+    return call
+
+
+def stack_flipped(forward: Tensor, backward: Tensor) -> Tensor:
+    return torch.stack([forward.mT, backward.flip(-1).mT])
+
+
+# ---------------------------------------------------------- the official Vim's whole mixer
+
+
+def _project(x, conv_weight, conv_bias, x_proj, dt_proj):
+    """(B, E, L) to u, dt (B, E, L) and B, C (B, N, L), by the official code's operations."""
+    from causal_conv1d import causal_conv1d_fn
+
+    batch, _, length = x.shape
+    rank = dt_proj.shape[1]
+    u = causal_conv1d_fn(x, conv_weight, conv_bias, activation='silu')
+    low = F.linear(u.transpose(1, 2).reshape(batch * length, -1), x_proj)
+    dt = (dt_proj @ low[:, :rank].t()).unflatten(1, (batch, length)).transpose(0, 1)
+    B, C = low[:, rank:].unflatten(0, (batch, length)).transpose(1, 2).chunk(2, dim=1)
+    return u, dt, B.contiguous(), C.contiguous()
+
+
+def autograd_inner(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias):
+    """One direction, (B, 2E, L) to the gated (B, E, L); autograd keeps what it wants."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x, z = xz.chunk(2, dim=1)
+    u, dt, B, C = _project(x, conv_weight, conv_bias, x_proj, dt_proj)
+    return selective_scan_fn(u, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=True)
+
+
+class RecomputingInner(torch.autograd.Function):
+    """The same, keeping what the official mamba_inner_fn_no_out_proj keeps.
+
+    u and dt are computed again in the backward pass, and the gradients of x and z are written
+    side by side. Unlike it, this does not ask for the output once more, and drops it.
+    """
+
+    @staticmethod
+    def forward(ctx, xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias):
+        import selective_scan_cuda
+
+        x, z = xz.chunk(2, dim=1)
+        u, dt, B, C = _project(x, conv_weight, conv_bias, x_proj, dt_proj)
+        B, C = B.unsqueeze(1), C.unsqueeze(1)
+        out, states, gated = selective_scan_cuda.fwd(u, dt, A, B, C, D, z, dt_bias, True)
+        ctx.save_for_backward(
+            xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, out, states
+        )
+        return gated
+
+    @staticmethod
+    def backward(ctx, dout):
+        import selective_scan_cuda
+
+        xz, *weights, A, D, dt_bias, out, states = ctx.saved_tensors
+        x, z = xz.chunk(2, dim=1)
+        dxz = torch.empty_like(xz)
+        dx, dz = dxz.chunk(2, dim=1)
+        leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+        with torch.enable_grad():
+            projected = _project(*leaves)
+        u, dt, B, C = (t.detach() for t in projected)
+        du, ddt, dA, dB, dC, dD, dbias, *_ = selective_scan_cuda.bwd(
+            *(u, dt, A, B.unsqueeze(1), C.unsqueeze(1), D, z, dt_bias),
+            *(dout.contiguous(), states, out, dz, True, False),
+        )
+        grads = [du, ddt, dB.squeeze(1).to(B.dtype), dC.squeeze(1).to(C.dtype)]
+        grad_x, *grad_weights = torch.autograd.grad(projected, leaves, grads)
+        dx.copy_(grad_x)
+        return dxz, *grad_weights, dA, dD, dbias
+
+
+def vim_mixer(inner: Callable) -> Callable[[Inputs], Call]:
+    """The official mixer around `inner`; inputs are the tokens and our VimMixer's parameters."""
+
+    def build(p):
+        def direction(xz, suffix):
+            return inner(
+                xz,
+                p[f'conv1d{suffix}.weight'].squeeze(1),
+                p[f'conv1d{suffix}.bias'],
+                p[f'x_proj{suffix}.weight'],
+                p[f'dt_proj{suffix}.weight'],
+                -torch.exp(p[f'A{suffix}_log'].float()),
+                p[f'D{suffix}'],
+                p[f'dt_proj{suffix}.bias'],
+            )
+
+        def call():
+            batch, length, _ = p['tokens'].shape
+            xz = p['in_proj.weight'] @ p['tokens'].flatten(0, 1).t()
+            xz = xz.unflatten(1, (batch, length)).transpose(0, 1)
+            y = direction(xz, '') / 2 + direction(xz.flip(-1), '_b').flip(-1) / 2
+            return F.linear(y.transpose(1, 2), p['out_proj.weight'])
+
+        return call
+
+    return build
+
+
+# ----------------------------------------------------------------- torch.compile
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[[Inputs], Call]:
+    """`function` of the inputs by name, compiled for one shape."""
+
+    def build(p):
+        torch._dynamo.reset()  # beyond a few shapes it would silently stop compiling
+        fast = torch.compile(function, dynamic=False, fullgraph=True)
+        return lambda: fast(**p)
+
+    return build
+
+
+def recur(a: Tensor, b: Tensor, group: int = 8) -> Tensor:
+    """h_t = a_t h_{t−1} + b_t along dim 1: groups of steps side by side, then their ends alike."""
+    length = a.shape[1]
+    if length == 1:
+        return b
+    pad = (0, 0) * (a.dim() - 2) + (0, -length % group)
+    a = F.pad(a, pad, value=1.0).unflatten(1, (-1, group))
+    b = F.pad(b, pad).unflatten(1, (-1, group))
+    product, state = a[:, :, 0], b[:, :, 0]
+    products, states = [product], [state]
+    for t in range(1, group):
+        product = product * a[:, :, t]
+        state = a[:, :, t] * state + b[:, :, t]
+        products.append(product)
+        states.append(state)
+    before = F.pad(recur(product, state)[:, :-1], (0, 0) * (a.dim() - 3) + (1, 0))
+    h = torch.stack(states, 2) + torch.stack(products, 2) * before.unsqueeze(2)
+    return h.flatten(1, 2)[:, :length]
+
+
+def plain_scan(u, dt, A, B, C, D, z, dt_bias) -> Tensor:
+    """The selective scan as a formula, every state in memory."""
+    delta = F.softplus(dt.float() + dt_bias)
+    a = torch.exp(delta.unsqueeze(-1) * A)
+    h = recur(a, (delta * u).unsqueeze(-1) * B.float().unsqueeze(-2))
+    y = (h * C.float().unsqueeze(-2)).sum(-1) + D * u
+    return y.to(u.dtype) if z is None else (y * F.silu(z.float())).to(u.dtype)
+
+
+def plain_bidirectional(u, dt, A, B, C, D, z, dt_bias) -> Tensor:
+    forward = plain_scan(u[0], dt[0], A[0], B[0], C[0], D[0], None, dt_bias[0])
+    u_, dt_, B_, C_ = (x[1].flip(1) for x in (u, dt, B, C))
+    backward = plain_scan(u_, dt_, A[1], B_, C_, D[1], None, dt_bias[1]).flip(1)
+    return ((forward.float() + backward) / 2 * F.silu(z.float())).to(u.dtype)
+
+
+def plain_conv(x, weight, bias) -> Tensor:
+    """Shifted sums, in the input's order of tokens for both directions."""
+    length, taps = x.shape[1], weight.shape[-1]
+    outs = []
+    for direction in (0, 1):
+        pad = (0, taps - 1) if direction else (taps - 1, 0)
+        padded = F.pad(x.float(), (0, 0, *pad))
+        w = weight[direction].flip(-1) if direction else weight[direction]
+        y = sum(padded[:, k : k + length] * w[:, k] for k in range(taps))
+        outs.append(F.silu(y + bias[direction]).to(x.dtype))
+    return torch.stack(outs)

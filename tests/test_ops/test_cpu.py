@@ -1,0 +1,128 @@
+"""Numba's vectors and threads, and the whole backend against the reference."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from ops_twins import assert_close, mixer_inputs, run
+
+from visionseq_mm.ops import vim_mixer
+
+np = pytest.importorskip('numpy')
+pytest.importorskip('numba')
+
+from visionseq_mm.ops import simd, threads  # noqa: E402
+from visionseq_mm.ops.selective_scan import cpu as scan_cpu  # noqa: E402
+
+
+@simd.jit
+def _functions(x, exp2, sigmoid, softplus):
+    for i in range(0, x.shape[0], 64 // x.itemsize):
+        v = simd.load(x, (i,))
+        simd.store(exp2, (i,), simd.exp2(v))
+        simd.store(sigmoid, (i,), simd.sigmoid(v))
+        simd.store(softplus, (i,), simd.softplus(v))
+
+
+@simd.jit
+def _sums(x, out):
+    simd.store(out, (0,), simd.lane_sums(x, (0, 0)))
+
+
+@pytest.mark.parametrize(('dtype', 'ratio'), [(np.float32, 5e-7), (np.float64, 1e-14)])
+def test_functions(dtype, ratio):
+    x = np.concatenate([np.linspace(-20, 20, 4000), np.geomspace(1e-30, 1, 96), np.zeros(64)])
+    x = x.astype(dtype)
+    results = [np.empty_like(x) for _ in range(3)]
+    _functions(x, *results)
+    wide = x.astype(np.longdouble)
+    expected = np.exp2(wide), 1 / (1 + np.exp(-wide)), np.log1p(np.exp(wide))
+    # The argument of an exponential is rounded, which counts the more the larger it is.
+    slack = 1 + np.abs(wide)
+    for actual, exact in zip(results, expected, strict=True):
+        assert (np.abs(actual / exact - 1) / slack).max() < ratio
+    assert (results[0][-64:] == 1).all()
+
+
+def test_ends_and_nan():
+    x = np.array([-1e30, -3e4, -500, 500, 3e4, 1e30, np.nan, -np.nan] + [0] * 8, np.float32)
+    exp2, sigmoid, softplus = (np.empty_like(x) for _ in range(3))
+    _functions(x, exp2, sigmoid, softplus)
+    assert (exp2[:3] < 1e-37).all()
+    assert (exp2[3:6] > 1e38).all()
+    assert (sigmoid[:3] < 1e-37).all()
+    assert (sigmoid[3:6] == 1).all()
+    assert (softplus[:3] < 1e-37).all()
+    assert (softplus[3:6] == x[3:6]).all()
+    for result in (exp2, sigmoid, softplus):
+        assert np.isnan(result[6:8]).all()
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+def test_lane_sums(dtype):
+    lanes = simd.lanes_of(dtype)
+    x = np.random.default_rng(0).normal(size=(lanes, lanes)).astype(dtype)
+    out = np.empty(lanes, dtype)
+    _sums(x, out)
+    np.testing.assert_allclose(out, x.sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(('dtype', 'ratio'), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize('count', [1, 2, 5])
+def test_equals_the_reference_on_any_number_of_threads(dtype, ratio, count):
+    """Bitwise the same on one and on many."""
+    inputs = [x.to(dtype) for x in mixer_inputs(200, D=48, N=16, R=3)]
+    one = run(lambda *xs: vim_mixer(*xs, backend='cpu'), inputs)
+    torch.set_num_threads(count)
+    many = run(lambda *xs: vim_mixer(*xs, backend='cpu'), inputs)
+    torch.set_num_threads(1)
+    assert_close(many, one, ratio)  # torch's own matrix products depend on their number
+    assert_close(many, run(lambda *xs: vim_mixer(*xs, backend='reference'), inputs), ratio)
+
+
+def test_scan_does_not_depend_on_the_number_of_threads():
+    u, z = torch.randn(2, 1, 200, 160), torch.randn(1, 200, 160)
+    B, A = torch.randn(2, 1, 200, 4), -torch.rand(2, 160, 4)
+    results = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        out, states = scan_cpu.forward(u, u, A, B, B, None, z, None, [False, True])
+        grads = scan_cpu.backward(out, u, u, A, B, B, None, z, None, states, [False, True])
+        results.append([out, states, *grads])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_tasks_are_shared_out_once():
+    seen = []
+    torch.set_num_threads(3)
+    threads.run(lambda first, last, x: seen.extend(range(first, last)), 8, None)
+    assert sorted(seen) == list(range(8))
+    with pytest.raises(ZeroDivisionError):
+        threads.run(lambda first, last: 1 // (first - 2), 3)
+
+
+FORKED = """
+import os, torch
+from visionseq_mm.ops import selective_scan
+
+torch.set_num_threads(2)
+x = torch.randn(1, 100, 64)
+A, B = -torch.rand(64, 4), torch.randn(1, 100, 4)
+expected = selective_scan(x, x, A, B, B, backend='cpu')
+child = os.fork()
+if not child:
+    same = torch.equal(selective_scan(x, x, A, B, B, backend='cpu'), expected)
+    os._exit(0 if same else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_forked_worker():
+    """A worker that was forked after the threads were started has to start its own."""
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', FORKED], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ['0'], done.stderr

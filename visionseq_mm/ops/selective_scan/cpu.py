@@ -1,0 +1,324 @@
+"""The selective scan in Numba: a vector of channels at a time, all of a step in registers.
+
+Step sizes come as they are or as a product of low rank, dt = low · dt_projᵀ, which costs less
+to compute on the way than to read. Arrays are those of the reference with the channels last,
+A (S, N, D) and dt_proj (S, R, D) too.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from visionseq_mm.ops import threads
+from visionseq_mm.ops.common import widest_dtype
+from visionseq_mm.ops.simd import (
+    broadcast,
+    exp2,
+    fma,
+    inline,
+    jit,
+    lane_sums,
+    lanes_of,
+    load,
+    sigmoid,
+    softplus,
+    splat,
+    store,
+    where_greater,
+)
+
+CHUNK = 64  # steps between the states that are kept for the backward
+STRIPE = 4  # vectors of channels that a thread of the backward sums over
+LN2 = math.log(2)
+
+
+def new_states(u, A):
+    """Empty states before each chunk, (S, chunks, B, N, D), D in whole vectors."""
+    S, B, L, D = u.shape
+    dtype = widest_dtype(u, A)
+    lanes = lanes_of(str(dtype).removeprefix('torch.'))
+    chunks = -(-L // CHUNK)
+    return u.new_empty((S, chunks, B, A.shape[2], -(-D // lanes) * lanes), dtype=dtype)
+
+
+@inline
+def _before_softplus(dt, low, dt_proj, dt_bias, s, b, t, d):
+    x = load(dt_bias, (s, d))
+    if dt is not None:
+        x = x + load(dt, (s, b, t, d))
+    if low is not None:
+        for r in range(low.shape[3]):
+            x = fma(broadcast(low, (s, b, t, r)), load(dt_proj, (s, r, d)), x)
+    return x
+
+
+@jit
+def _forward(first, last, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, y, states):
+    """Tasks: a sample and a vector of channels, both directions one after the other."""
+    S, _, L, _ = u.shape
+    N = A.shape[1]
+    lanes = 64 // u.itemsize
+    vectors = u.shape[3] // lanes
+    h = np.empty((N, lanes), u.dtype)
+    deltas = np.empty((CHUNK, lanes), u.dtype)
+    for task in range(first, last):
+        b, d = task // vectors, task % vectors * lanes
+        for s in range(S):
+            h[:] = 0
+            for begin in range(0, L, CHUNK):
+                count = min(CHUNK, L - begin)
+                for n in range(N):
+                    store(states, (s, begin // CHUNK, b, n, d), load(h, (n, 0)))
+                for k in range(count):
+                    t = L - 1 - (begin + k) if reverse[s] else begin + k
+                    x = _before_softplus(dt, low, dt_proj, dt_bias, s, b, t, d)
+                    store(deltas, (k, 0), softplus(x))
+                for k in range(count):
+                    t = L - 1 - (begin + k) if reverse[s] else begin + k
+                    delta = load(deltas, (k, 0))
+                    u_t = load(u, (s, b, t, d))
+                    delta_u = delta * u_t
+                    out = load(D, (s, d)) * u_t
+                    for n in range(N):
+                        a = exp2(delta * load(A, (s, n, d)))
+                        h_n = fma(a, load(h, (n, 0)), delta_u * broadcast(B, (s, b, t, n)))
+                        store(h, (n, 0), h_n)
+                        out = fma(h_n, broadcast(C, (s, b, t, n)), out)
+                    if s > 0:
+                        out = out + load(y, (b, t, d))
+                    if s == S - 1:
+                        out = out * (1.0 / S)
+                        if z is not None:
+                            gate = load(z, (b, t, d))
+                            out = out * (gate * sigmoid(gate))
+                    store(y, (b, t, d), out)
+
+
+@jit
+def _backward(
+    first,
+    last,
+    dout,
+    u,
+    dt,
+    low,
+    dt_proj,
+    dt_bias,
+    A,
+    B,
+    C,
+    D,
+    z,
+    reverse,
+    states,
+    y,
+    du,
+    ddt,
+    dA,
+    dB,
+    dC,
+    dD,
+    dbias,
+    dz,
+):
+    """Tasks: a sample and a stripe of channels, of which it leaves its share of the sums.
+
+    The equations are the reference's. A is in units of log 2, so that Σ_n p A is too. The states
+    of a chunk stay in the nearest cache; to keep its exp(δ A) beside them costs more than to
+    compute them twice.
+    """
+    S, _, L, width = u.shape
+    N = A.shape[1]
+    lanes = 64 // u.itemsize
+    stripe = STRIPE * lanes
+    stripes = (width + stripe - 1) // stripe
+    h = np.empty((CHUNK + 1, N, lanes), u.dtype)
+    carry = np.empty((N, lanes), u.dtype)  # ā_{t+1} ⊙ λ_{t+1}
+    steps = np.empty((CHUNK, lanes), u.dtype)  # δ before its softplus
+    deltas = np.empty((CHUNK, lanes), u.dtype)
+    ddeltas = np.empty((CHUNK, lanes), u.dtype)
+    dys = np.empty((CHUNK, lanes), u.dtype)
+    # λ δ u and h dy before the sum of the lanes; as many as sums fill a vector
+    products = np.zeros((2, dB.shape[4], lanes), u.dtype)
+    for task in range(first, last):
+        b, part = task // stripes, task % stripes
+        start = part * stripe
+        for s in range(S):
+            for d in range(start, min(start + stripe, width), lanes):
+                zero = splat(load(D, (s, d)), 0.0)
+                for n in range(N):
+                    store(carry, (n, 0), zero)
+                    store(dA, (b, s, n, d), zero)
+                dD_sum, dbias_sum = zero, zero
+                for begin in range((L - 1) // CHUNK * CHUNK, -1, -CHUNK):
+                    count = min(CHUNK, L - begin)
+                    for k in range(count):
+                        t = L - 1 - (begin + k) if reverse[s] else begin + k
+                        x = _before_softplus(dt, low, dt_proj, dt_bias, s, b, t, d)
+                        store(steps, (k, 0), x)
+                        store(deltas, (k, 0), softplus(x))
+                    for n in range(N):
+                        store(h, (0, n, 0), load(states, (s, begin // CHUNK, b, n, d)))
+                    for k in range(count):
+                        t = L - 1 - (begin + k) if reverse[s] else begin + k
+                        delta = load(deltas, (k, 0))
+                        u_t = load(u, (s, b, t, d))
+                        delta_u = delta * u_t
+                        out = load(D, (s, d)) * u_t
+                        for n in range(N):
+                            a = exp2(delta * load(A, (s, n, d)))
+                            h_n = fma(a, load(h, (k, n, 0)), delta_u * broadcast(B, (s, b, t, n)))
+                            store(h, (k + 1, n, 0), h_n)
+                            out = fma(h_n, broadcast(C, (s, b, t, n)), out)
+                        if s > 0:
+                            out = out + load(y, (b, t, d))
+                        store(y, (b, t, d), out)
+                    for k in range(count):
+                        t = L - 1 - (begin + k) if reverse[s] else begin + k
+                        dy = load(dout, (b, t, d)) * (1.0 / S)
+                        out = load(y, (b, t, d))
+                        if s == S - 1:
+                            out = out * (1.0 / S)
+                        if z is not None:
+                            gate = load(z, (b, t, d))
+                            share = sigmoid(gate)
+                            silu = gate * share
+                            if s == S - 1:
+                                slope = share * (1.0 + (gate - silu))
+                                store(dz, (b, t, d), load(dout, (b, t, d)) * out * slope)
+                                out = out * silu
+                            dy = dy * silu
+                        store(y, (b, t, d), out)
+                        store(dys, (k, 0), dy)
+                    for k in range(count - 1, -1, -1):
+                        t = L - 1 - (begin + k) if reverse[s] else begin + k
+                        delta = load(deltas, (k, 0))
+                        u_t = load(u, (s, b, t, d))
+                        delta_u = delta * u_t
+                        dy = load(dys, (k, 0))
+                        lam_B, ddelta = zero, zero
+                        for n in range(N):
+                            A_n = load(A, (s, n, d))
+                            lam = fma(broadcast(C, (s, b, t, n)), dy, load(carry, (n, 0)))
+                            a_lam = exp2(delta * A_n) * lam
+                            store(carry, (n, 0), a_lam)
+                            store(products, (0, n, 0), lam * delta_u)
+                            store(products, (1, n, 0), load(h, (k + 1, n, 0)) * dy)
+                            lam_B = fma(lam, broadcast(B, (s, b, t, n)), lam_B)
+                            p = a_lam * load(h, (k, n, 0))
+                            ddelta = fma(p, A_n, ddelta)
+                            store(dA, (b, s, n, d), fma(p, delta, load(dA, (b, s, n, d))))
+                        store(du, (s, b, t, d), fma(delta, lam_B, load(D, (s, d)) * dy))
+                        store(ddeltas, (k, 0), fma(u_t, lam_B, ddelta * LN2))
+                        for n in range(0, N, lanes):
+                            dB_t = lane_sums(products, (0, n, 0))
+                            dC_t = lane_sums(products, (1, n, 0))
+                            if d > start:
+                                dB_t = dB_t + load(dB, (part, s, b, t, n))
+                                dC_t = dC_t + load(dC, (part, s, b, t, n))
+                            store(dB, (part, s, b, t, n), dB_t)
+                            store(dC, (part, s, b, t, n), dC_t)
+                    for k in range(count):
+                        t = L - 1 - (begin + k) if reverse[s] else begin + k
+                        x = load(steps, (k, 0))
+                        slope = where_greater(x, splat(x, 20.0), splat(x, 1.0), sigmoid(x))
+                        ddt_t = load(ddeltas, (k, 0)) * slope
+                        store(ddt, (s, b, t, d), ddt_t)
+                        dD_sum = fma(load(dys, (k, 0)), load(u, (s, b, t, d)), dD_sum)
+                        dbias_sum = dbias_sum + ddt_t
+                store(dD, (b, s, d), dD_sum)
+                store(dbias, (b, s, d), dbias_sum)
+
+
+class _Arguments:
+    """The inputs as arrays of the accumulator's type, channels padded to whole vectors."""
+
+    def __init__(self, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, states):
+        self.dtype, self.width = states.dtype, states.shape[-1]
+        self.channels = u.shape[3]
+        zeros = A.new_zeros(A.shape[:2])
+        self.z = self.array(z)
+        self.arrays = (
+            self.array(u),
+            self.array(dt),
+            self.array(low, channels=False),
+            self.array(None if dt_proj is None else dt_proj.mT),
+            self.array(zeros if dt_bias is None else dt_bias),
+            self.array(A.mT.to(self.dtype) * math.log2(math.e)),
+            self.array(B, channels=False),
+            self.array(C, channels=False),
+            self.array(zeros if D is None else D),
+            self.z,
+            np.array(reverse),
+        )
+        self.lanes = lanes_of(self.arrays[0].dtype)
+        self.samples = u.shape[1]
+        self.vectors = self.width // self.lanes
+
+    def array(self, x, channels=True):
+        if x is None:
+            return None
+        x = x.detach().to(self.dtype)
+        if channels:
+            x = F.pad(x, (0, self.width - self.channels)) if x.shape[-1] != self.width else x
+        return (x if x.stride(-1) == 1 else x.contiguous()).numpy()
+
+    def new(self, *shape):
+        return torch.empty((*shape, self.width), dtype=self.dtype)
+
+    def cut(self, x):
+        return x[..., : self.channels]
+
+
+def scan(u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse):
+    """The gated mean of the directions (B, L, D), and the states before each chunk."""
+    states = new_states(u, A)
+    inputs = _Arguments(u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, states)
+    y = inputs.new(*u.shape[1:3])
+    tasks = inputs.samples * inputs.vectors
+    threads.run(_forward, tasks, *inputs.arrays, y.numpy(), states.numpy())
+    return inputs.cut(y).to(u.dtype).contiguous(), states
+
+
+def differentiate(dout, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, states, reverse):
+    """The output once more, and the gradients of u, dt, A, B, C, D, dt_bias and z."""
+    inputs = _Arguments(u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, states)
+    S, samples, L, N = B.shape
+    stripes = -(-inputs.vectors // STRIPE)
+    y = inputs.new(samples, L)
+    du, ddt = inputs.new(S, samples, L), inputs.new(S, samples, L)
+    dA, dD, dbias = (inputs.new(samples, S, *n) for n in ((N,), (), ()))
+    sums = -(-N // inputs.lanes) * inputs.lanes
+    dB, dC = (torch.empty(stripes, S, samples, L, sums, dtype=inputs.dtype) for _ in range(2))
+    dz = None if z is None else inputs.new(samples, L)
+    results = y, du, ddt, dA, dB, dC, dD, dbias
+    threads.run(
+        _backward,
+        samples * stripes,
+        inputs.array(dout),
+        *inputs.arrays,
+        states.numpy(),
+        *(x.numpy() for x in results),
+        None if dz is None else dz.numpy(),
+    )
+    y, du, ddt = (inputs.cut(x).to(u.dtype) for x in (y, du, ddt))
+    dA, dD, dbias = (inputs.cut(x.sum(0)) for x in (dA, dD, dbias))
+    dB, dC = dB.sum(0)[..., :N], dC.sum(0)[..., :N]
+    dz = None if dz is None else inputs.cut(dz)
+    return y, du, ddt, dA.mT, dB, dC, dD, dbias, dz
+
+
+def forward(u, dt, A, B, C, D, z, dt_bias, reverse):
+    """The output (B, L, D), and the states before each chunk."""
+    return scan(u, dt, None, None, dt_bias, A, B, C, D, z, reverse)
+
+
+def backward(dout, u, dt, A, B, C, D, z, dt_bias, states, reverse):
+    """Gradients of the inputs that are there, in their order."""
+    _, du, ddt, dA, dB, dC, dD, dbias, dz = differentiate(
+        dout, u, dt, None, None, dt_bias, A, B, C, D, z, states, reverse
+    )
+    pairs = zip((du, ddt, dA, dB, dC, dD, dz, dbias), (u, dt, A, B, C, D, z, dt_bias), strict=True)
+    return [grad.to(x.dtype).contiguous() for grad, x in pairs if x is not None]

@@ -1,0 +1,301 @@
+"""The whole mixer of Vision Mamba as one operation, which keeps little for its backward.
+
+B batch, L tokens, D embedding, E inner channels, S directions, R rank of the step size, N states.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from visionseq_mm.ops.common import check_dtypes, check_finite, check_inputs
+from visionseq_mm.ops.conv1d_silu import TAPS, check_directions
+from visionseq_mm.ops.dispatch import Backends
+from visionseq_mm.ops.selective_scan import scan_flops, scan_limits
+
+BACKENDS = Backends('vim_mixer', __name__, 'triton', 'cpu', 'reference')
+
+
+def vim_mixer(
+    tokens: Tensor,
+    in_proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    out_proj: Tensor,
+    reverse: Sequence[bool] = (False, True),
+    conv_reverse: Sequence[bool] | None = None,
+    recompute: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Projections, convolution, selective scans and gate of a Vim block (arXiv 2401.09417).
+
+        x, z = split(tokens in_projᵀ)
+        u_s = conv1d_silu(x, conv_weight_s, conv_bias_s)      low, B, C = split(u_s x_proj_sᵀ)
+        y_s = selective_scan(u_s, low dt_proj_sᵀ, A_s, B, C, D_s, dt_bias=dt_bias_s)
+        out = (mean_s y_s ⊙ SiLU(z)) out_projᵀ
+
+    for the directions s. Under autocast the projections and the convolution have its dtype.
+
+    Args:
+        tokens: (B, L, D).
+        in_proj: (2 E, D).
+        conv_weight: (S, E, W), W at most 4.
+        conv_bias: (S, E).
+        x_proj: (S, R + 2 N, E).
+        dt_proj: (S, E, R).
+        dt_bias: (S, E).
+        A: (S, E, N), negative for states that decay.
+        D: (S, E).
+        out_proj: (D, E).
+        reverse: for each direction, whether its scan starts at the last token.
+        conv_reverse: the same for its convolution; None: as the scan.
+        recompute: keep only the tokens and a few states of the scan for the backward, which
+            computes the rest again; False: keep x, z, u, low, B, C and the gated mean too.
+        backend: as that of :func:`visionseq_mm.ops.selective_scan`.
+
+    Returns:
+        (B, L, D), in the dtype of the tokens or of autocast.
+
+    Raises:
+        ValueError: shapes that do not fit, more taps or directions, an empty sequence, a dtype
+            that is not floating point or differs (A, D and dt_bias may be float32 beside half
+            precision), inputs on several devices, an unknown or unsuitable backend, on a CPU
+            an A that is not finite. On a GPU such an A makes the output NaN: to look at it
+            would wait for the device in every layer.
+    """
+    op = 'vim_mixer'
+    conv_reverse = reverse if conv_reverse is None else conv_reverse
+    if torch.is_autocast_enabled(tokens.device.type):
+        dtype = torch.get_autocast_dtype(tokens.device.type)
+        tokens, in_proj, conv_weight, conv_bias, x_proj, dt_proj, out_proj = (
+            x.to(dtype) if x.dtype == torch.float32 else x
+            for x in (tokens, in_proj, conv_weight, conv_bias, x_proj, dt_proj, out_proj)
+        )
+    sizes = check_inputs(
+        op,
+        tokens=(tokens, 'B L D'),
+        out_proj=(out_proj, 'D E'),
+        in_proj=(in_proj, '2E D'),
+        conv_weight=(conv_weight, 'S E W'),
+        conv_bias=(conv_bias, 'S E'),
+        dt_proj=(dt_proj, 'S E R'),
+        dt_bias=(dt_bias, 'S E'),
+        A=(A, 'S E N'),
+        D_=(D, 'S E'),
+        x_proj=(x_proj, 'S R+2N E'),
+    )
+    for name, x, want in (
+        ('in_proj', in_proj, (2 * sizes['E'], sizes['D'])),
+        ('x_proj', x_proj, (len(A), sizes['R'] + 2 * sizes['N'], sizes['E'])),
+    ):
+        if x.shape != want:
+            raise ValueError(f'{op}: {name} must be {want}, got shape {tuple(x.shape)}')
+    check_dtypes(
+        op,
+        dict(
+            tokens=tokens,
+            in_proj=in_proj,
+            conv_weight=conv_weight,
+            conv_bias=conv_bias,
+            x_proj=x_proj,
+            dt_proj=dt_proj,
+            out_proj=out_proj,
+        ),
+        dict(A=A, D=D, dt_bias=dt_bias),
+    )
+    if sizes['W'] > TAPS:
+        raise ValueError(f'{op}: {sizes["W"]} taps in conv_weight, at most {TAPS} are implemented')
+    check_directions(op, 'A', A, reverse=reverse, conv_reverse=conv_reverse)
+    if tokens.device.type == 'cpu':
+        check_finite(op, A=A)
+    else:
+        A = torch.where(A.isfinite(), A, torch.nan)
+    backend = BACKENDS.select(backend, tokens, **scan_limits(A))
+    weights = in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj
+    return _forward(tokens, *weights, list(reverse), list(conv_reverse), recompute, backend)[0]
+
+
+@torch.library.custom_op('visionseq_mm::vim_mixer', mutates_args=())
+def _forward(
+    tokens: Tensor,
+    in_proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    out_proj: Tensor,
+    reverse: Sequence[bool],
+    conv_reverse: Sequence[bool],
+    recompute: bool,
+    backend: str,
+) -> list[Tensor]:
+    """The output, the states of the scan and, without `recompute`, xz, u, low with B, C, and y."""
+    ops = BACKENDS[backend]
+    with torch.autocast(tokens.device.type, enabled=False):
+        xz = F.linear(tokens, in_proj)
+        x, z = xz.chunk(2, -1)
+        u = ops.conv_silu(x, conv_weight, conv_bias, conv_reverse)
+        low_BC = _project(u, x_proj)
+        low, B, C = _split(low_BC, dt_proj, A)
+        y, states = ops.scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse)
+        kept = [] if recompute else [xz, u, low_BC, y]
+        return [F.linear(y, out_proj), states, *kept]
+
+
+def _project(u, x_proj):
+    """low, B and C side by side, (S, B, L, R + 2 N)."""
+    return torch.bmm(u.flatten(1, 2), x_proj.mT).unflatten(1, u.shape[1:3])
+
+
+def _split(low_BC, dt_proj, A):
+    return low_BC.split([dt_proj.shape[2], A.shape[2], A.shape[2]], -1)
+
+
+@_forward.register_fake
+def _(
+    tokens,
+    in_proj,
+    conv_weight,
+    conv_bias,
+    x_proj,
+    dt_proj,
+    dt_bias,
+    A,
+    D,
+    out_proj,
+    reverse,
+    conv_reverse,
+    recompute,
+    backend,
+):
+    inner = tokens.new_empty((*tokens.shape[:2], out_proj.shape[1]))
+    u = inner.new_empty((len(reverse), *inner.shape))
+    states = BACKENDS[backend].new_states(u, A)
+    xz = tokens.new_empty((*tokens.shape[:2], in_proj.shape[0]))
+    low_BC = u.new_empty((*u.shape[:3], x_proj.shape[1]))
+    kept = [] if recompute else [xz, u, low_BC, inner]
+    return [torch.empty_like(tokens), states, *kept]
+
+
+@torch.library.custom_op(
+    'visionseq_mm::vim_mixer_backward',
+    mutates_args=(),
+    schema=(
+        '(Tensor dout, Tensor tokens, Tensor in_proj, Tensor conv_weight, Tensor conv_bias, '
+        'Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A, Tensor D, Tensor out_proj, '
+        'Tensor[] kept, bool[] reverse, bool[] conv_reverse, str backend) -> Tensor[]'
+    ),
+)
+def _backward(
+    dout,
+    tokens,
+    in_proj,
+    conv_weight,
+    conv_bias,
+    x_proj,
+    dt_proj,
+    dt_bias,
+    A,
+    D,
+    out_proj,
+    kept,
+    reverse,
+    conv_reverse,
+    backend,
+):
+    """Gradients of the ten tensors."""
+    ops = BACKENDS[backend]
+    states, *kept = kept
+    with torch.autocast(tokens.device.type, enabled=False):
+        if kept:
+            xz, u, low_BC, _ = kept
+        else:
+            xz = F.linear(tokens, in_proj)
+            u = ops.conv_silu(xz.chunk(2, -1)[0], conv_weight, conv_bias, conv_reverse)
+            low_BC = _project(u, x_proj)
+        x, z = xz.chunk(2, -1)
+        low, B, C = _split(low_BC, dt_proj, A)
+        dxz = torch.empty_like(xz)
+        dx, dz = dxz.chunk(2, -1)
+        dy = dout @ out_proj
+        y, du, dlow, dB, dC, ddt_proj, ddt_bias, dA, dD = ops.scan_backward(
+            dy, u, low, B, C, dt_proj, dt_bias, A, D, z, states, reverse, dz
+        )
+        dout_proj = _weight_gradient(dout, y)
+        dlow_BC = torch.cat([dlow, dB, dC], -1).flatten(1, 2)
+        dx_proj = torch.bmm(dlow_BC.mT, u.flatten(1, 2))
+        du = torch.baddbmm(du.flatten(1, 2), dlow_BC, x_proj).view_as(u)
+        dconv_weight, dconv_bias = ops.conv_silu_backward(
+            du, x, conv_weight, conv_bias, conv_reverse, dx
+        )
+        dtokens = dxz @ in_proj
+        din_proj = _weight_gradient(dxz, tokens)
+    return [
+        dtokens,
+        din_proj,
+        dconv_weight,
+        dconv_bias,
+        dx_proj,
+        ddt_proj,
+        ddt_bias,
+        dA,
+        dD,
+        dout_proj,
+    ]
+
+
+def _weight_gradient(dout, x):
+    """Of `F.linear(x, weight)`."""
+    return dout.flatten(0, 1).mT @ x.flatten(0, 1)
+
+
+@_backward.register_fake
+def _(dout, *inputs):
+    return [x.new_empty(x.shape) for x in inputs[:10]]
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.reverse, ctx.conv_reverse, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _differentiate(ctx, grads):
+    saved = ctx.saved_tensors  # to be read once: recomputation hands them out a single time
+    tensors, kept = saved[:10], list(saved[10:])
+    out = _backward(grads[0], *tensors, kept, ctx.reverse, ctx.conv_reverse, ctx.backend)
+    return (*out, None, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.visionseq_mm.vim_mixer)
+def mixer_flops(
+    tokens, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, *args, **kwargs
+) -> int:
+    """Operations of a mixer with inputs of these shapes.
+
+    Two for each multiplication and addition of a projection or convolution; of the scan as
+    :func:`visionseq_mm.ops.selective_scan.scan_flops` counts them.
+    """
+    B, L, D = tokens
+    S, E, N = A
+    R = dt_proj[-1]
+    weights = 3 * E * D + S * E * (conv_weight[-1] + (R + 2 * N) + R)
+    return 2 * B * L * weights + scan_flops((S, B, L, E), A, True, True)
+
+
+@register_flop_formula(torch.ops.visionseq_mm.vim_mixer_backward)
+def _backward_flops(dout, *inputs, **kwargs):
+    """Two for one of the forward pass, and that a second time."""
+    return 3 * mixer_flops(*inputs)

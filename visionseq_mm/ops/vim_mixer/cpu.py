@@ -1,0 +1,30 @@
+"""The parts of the mixer in Numba."""
+
+import torch
+
+from visionseq_mm.ops.conv1d_silu.cpu import backward as conv_silu_backward
+from visionseq_mm.ops.conv1d_silu.cpu import forward as conv_silu
+from visionseq_mm.ops.selective_scan import cpu
+from visionseq_mm.ops.selective_scan.cpu import new_states
+
+__all__ = ['conv_silu', 'conv_silu_backward', 'new_states', 'scan', 'scan_backward']
+
+
+def scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse):
+    """The gated mean of the directions (B, L, E), and the states for the backward."""
+    return cpu.scan(u, None, low, dt_proj, dt_bias, A, B, C, D, z, reverse)
+
+
+def scan_backward(dy, u, low, B, C, dt_proj, dt_bias, A, D, z, states, reverse, dz):
+    """Writes the gradient of z; returns the output once more and the other gradients."""
+    y, du, ddt, dA, dB, dC, dD, dbias, dz_ = cpu.differentiate(
+        dy, u, None, low, dt_proj, dt_bias, A, B, C, D, z, states, reverse
+    )
+    dz.copy_(dz_)
+    ddt, low = ddt.flatten(1, 2), low.flatten(1, 2)
+    dlow = torch.bmm(ddt, dt_proj).unflatten(1, u.shape[1:3])
+    ddt_proj = torch.bmm(ddt.mT, low)
+    dB, dC, dbias, dA, dD = (
+        grad.to(x.dtype) for grad, x in ((dB, B), (dC, C), (dbias, dt_bias), (dA, A), (dD, D))
+    )
+    return y, du, dlow, dB, dC, ddt_proj, dbias, dA, dD
