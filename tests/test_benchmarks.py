@@ -21,7 +21,7 @@ BACKBONES = TIMING | {
     *('peak_mib', 'table', 'limit'),
 }
 REACH = {
-    *('row', 'peer', 'kind', 'what', 'least', 'source', 'ours', 'theirs', 'unit', 'value'),
+    *('row', 'peer', 'kind', 'what', 'least', 'goal', 'ours', 'theirs', 'unit', 'value'),
     *('status', 'reached', 'measured'),
 }
 

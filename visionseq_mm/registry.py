@@ -4,9 +4,10 @@ mmengine imports ``<scope>.registry`` when it meets a scoped type, so that
 ``type='visionseq_mm.Vim'`` resolves from mmdet, mmseg and mmpretrain alike,
 without a ``custom_imports`` of the modules themselves (``locations`` does it).
 
-Importing this module also puts the stand-in for mmcv's compiled operators and
-the safe checkpoint loaders in place (see ``visionseq_mm.compat``), and makes
-``visionseq://`` known to mmengine (see ``visionseq_mm.checkpoints``).
+Importing this module also puts the stand-in for mmcv's compiled operators, the
+safe checkpoint loaders and the FLOP counts of our ops in place (see
+``visionseq_mm.compat``), and makes ``visionseq://`` known to mmengine (see
+``visionseq_mm.checkpoints``).
 """
 
 import torch
@@ -26,10 +27,11 @@ if digit_version(torch.__version__) < digit_version('2.6.0'):
     )
 
 from visionseq_mm import checkpoints
-from visionseq_mm.compat import autoload, safe_load
+from visionseq_mm.compat import autoload, flop_handles, safe_load
 
 autoload.install()
 safe_load.install()
+flop_handles.install()
 checkpoints.install()
 
 MODELS = Registry(

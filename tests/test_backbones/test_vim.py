@@ -220,8 +220,9 @@ def test_recomputation_levels(design):
         kept.append(sum(sizes.values()))
     torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(results[0], results[2])
-    assert kept[0] > 2 * kept[1]
-    assert kept[1] > kept[2]
+    none, kernel, block = kept
+    # Of a block alone the stream is kept, beside the image and what the stem needs.
+    assert none - block > 4 * (kernel - block) > 0
 
 
 # -------------------------------------------------------------- initialisation

@@ -279,7 +279,7 @@ MIXER = Case(
     vim_mixer,
     mixer_twin,
     mixer_inputs,
-    lambda xs: (*xs, [False, True], [False, True], True, 'reference'),
+    lambda xs: (*xs, [False, True], [False, True], 'states', 'reference'),
     wide=(6, 7, 8),
 )
 MLSTM = Case(

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy
 import pytest
+from packaging.version import Version
 
 
 def test_triton_interpreter():
     triton = pytest.importorskip('triton')
-    if triton.__version__ < '3.7' and numpy.__version__ >= '2.4':
+    if Version(triton.__version__) < Version('3.7') and Version(numpy.__version__) >= Version(
+        '2.4'
+    ):
         pytest.skip('the interpreter of Triton 3.6 cannot count to a variable in NumPy 2.4')
     folder = Path(__file__).parent / 'triton_interpreter'
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', folder]

@@ -237,8 +237,10 @@ class PatchEmbed(nn.Module):
         h, w = self.grid((height, width), self.stride)
         bottom = (h - 1) * self.stride + self.size - height
         right = (w - 1) * self.stride + self.size - width
-        # A stride above 16 does not exist, so neither is ever negative.
-        return self.proj(F.pad(image, (0, right, 0, bottom))).permute(0, 2, 3, 1)
+        # A stride above 16 does not exist, so neither is ever negative; padding by nothing copies.
+        if bottom or right:
+            image = F.pad(image, (0, right, 0, bottom))
+        return self.proj(image).permute(0, 2, 3, 1)
 
 
 class PlainBackbone(SequenceBackbone):

@@ -310,20 +310,26 @@ class Vim(PlainBackbone):
             tokens = torch.cat([tokens[:, :place], cls[:, i : i + 1], tokens[:, place:]], dim=1)
         return tokens
 
-    def forward(self, image):
+    def stream(self, image):
+        """The residual stream before the first block (B, L, D), and the patches' grid (h, w)."""
         tokens = self.embed(image)
         hw = tokens.shape[1:3]
         residual = tokens.flatten(1, 2)
-        # The stream stays in float32 (or wider) where autocast made the stem's output bfloat16.
+        # It stays in float32 (or wider) where autocast made the stem's output bfloat16.
         residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
         if hasattr(self, 'cls_token'):
             residual = self.insert_cls(residual)
+        return residual, hw
+
+    def forward(self, image):
+        residual, hw = self.stream(image)
         maps = []
         for i, block in enumerate(self.blocks):
             residual, branch = self.run(block, residual)
             if i in self.out_indices and self.out_type == 'featmap':
                 feature = residual if self.feature == 'stream' else branch
                 maps.append(self.to_map(feature.to(image.dtype), hw))
+            del branch  # which would outlive the next block
         if self.out_type == 'cls':
             return (self.pool(self.final_norm(residual), hw).to(image.dtype),)
         return self.normalize_outputs(maps)

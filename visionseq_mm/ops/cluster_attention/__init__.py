@@ -5,6 +5,7 @@ B batch, L tokens, H heads, Dh channels of a head, K clusters.
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from visionseq_mm.ops.common import check_inputs
 from visionseq_mm.ops.dispatch import Backends
@@ -182,3 +183,22 @@ def _differentiate(ctx, dout):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.visionseq_mm.sec_attention)
+def attention_flops(q, k, v, idx, num_clusters, *args, **kwargs) -> int:
+    """Operations of an attention with inputs of these shapes, as if all tokens were valid.
+
+    Two for each multiplication and addition of q kᵀ and of the weights with v inside the clusters,
+    as torch counts an attention, and FlashAttention's authors do.
+    """
+    B, L, H, Dh = q
+    size, longer = divmod(L, num_clusters)
+    pairs = (num_clusters - longer) * size**2 + longer * (size + 1) ** 2
+    return 4 * B * H * Dh * pairs
+
+
+@register_flop_formula(torch.ops.visionseq_mm.sec_attention_backward)
+def _backward_flops(dout, *inputs, **kwargs):
+    """Four products for the two of the forward pass, and q kᵀ a second time."""
+    return attention_flops(*inputs) * 5 // 2

@@ -5,6 +5,7 @@ B batch, S tokens, H heads, Dh channels of a head.
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from visionseq_mm.ops.common import check_inputs, widest_dtype
 from visionseq_mm.ops.dispatch import Backends
@@ -109,3 +110,22 @@ def _differentiate(ctx, dh, _):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.visionseq_mm.mlstm)
+def mlstm_flops(q, *args, **kwargs) -> int:
+    """Operations of a cell with a q of this shape, as a recurrence.
+
+    Two for each multiplication and addition, of k with [v, 1] into the state and of q with the
+    state: linear in S, and the same for every implementation. One that goes in chunks of T tokens
+    adds about T / Dh of it inside them. The two S² products of the parallel form are in no
+    backend; the ViL paper's figures (1.5, 5.1, 18.6 G at 224²) fit projections and one of them.
+    """
+    B, S, H, Dh = q
+    return 4 * B * S * H * Dh * (Dh + 1)
+
+
+@register_flop_formula(torch.ops.visionseq_mm.mlstm_backward)
+def _backward_flops(dh, q, *args, **kwargs):
+    """Four products for the two of the forward pass, and its states a second time."""
+    return mlstm_flops(q) * 5 // 2

@@ -56,7 +56,11 @@ def _before_softplus(dt, low, dt_proj, dt_bias, s, b, t, d):
 
 @jit
 def _forward(first, last, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, y, states):
-    """Tasks: a sample and a vector of channels, both directions one after the other."""
+    """Tasks: a sample and a vector of channels, both directions one after the other.
+
+    y may be u[0], of which nothing is read that was written before. States are written where
+    there is room for them.
+    """
     S, _, L, _ = u.shape
     N = A.shape[1]
     lanes = 64 // u.itemsize
@@ -69,8 +73,9 @@ def _forward(first, last, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, 
             h[:] = 0
             for begin in range(0, L, CHUNK):
                 count = min(CHUNK, L - begin)
-                for n in range(N):
-                    store(states, (s, begin // CHUNK, b, n, d), load(h, (n, 0)))
+                if states.size:
+                    for n in range(N):
+                        store(states, (s, begin // CHUNK, b, n, d), load(h, (n, 0)))
                 for k in range(count):
                     t = L - 1 - (begin + k) if reverse[s] else begin + k
                     x = _before_softplus(dt, low, dt_proj, dt_bias, s, b, t, d)
@@ -272,11 +277,17 @@ class _Arguments:
         return x[..., : self.channels]
 
 
-def scan(u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse):
-    """The gated mean of the directions (B, L, D), and the states before each chunk."""
-    states = new_states(u, A)
+def scan(u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, keep='all'):
+    """The gated mean of the directions (B, L, D), and the states before each chunk.
+
+    Args:
+        keep: What is needed afterwards: 'all'; 'states', but u may be written over; 'nothing',
+            and there are no states.
+    """
+    states = new_states(u, A) if keep != 'nothing' else new_states(u[:0], A)
     inputs = _Arguments(u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, states)
-    y = inputs.new(*u.shape[1:3])
+    in_place = keep != 'all' and inputs.arrays[0].ctypes.data == u.data_ptr()
+    y = u[0].detach() if in_place else inputs.new(*u.shape[1:3])
     tasks = inputs.samples * inputs.vectors
     threads.run(_forward, tasks, *inputs.arrays, y.numpy(), states.numpy())
     return inputs.cut(y).to(u.dtype).contiguous(), states

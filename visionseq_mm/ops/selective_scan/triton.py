@@ -271,10 +271,8 @@ def _scan_kernel(
         for i in range(steps):
             u, delta = u_next, delta_next
             after = tl.minimum(i + 1, steps - 1) * step
-            u_next, delta_next = (
-                load(us + after * u_token, mask_d),
-                load(deltas + after * D, mask_d),
-            )
+            u_next = load(us + after * u_token, mask_d)
+            delta_next = load(deltas + after * D, mask_d)
             B, C = load(Bs + i * step * B_token, mask_n), load(Cs + i * step * C_token, mask_n)
             h = tl.exp2(delta[None, :] * A) * h + (delta * u)[None, :] * B[:, None]
             y = tl.sum(h * C[:, None], 0)
@@ -346,8 +344,8 @@ def _h_kernel(
 ):
     """Along the scan: what the gradients take from h, and dy, on which λ depends.
 
-    P_t = Σ_n A h⁻_t C_t dy_t, dC, dA's part Σ_t (Σ_{s≤t} δ_s) h⁻_t C_t dy_t; with a gate dz, and
-    the output once more.
+    P_t = Σ_n A h⁻_t C_t dy_t, dC, dA's part Σ_t (Σ_{s≤t} δ_s) h⁻_t C_t dy_t; where there is a
+    gate, dz, and the output once more.
     """
     n, mask_n, d, mask_d, nd, mask = _tile(D, N, BLOCK_N, BLOCK_D)
     b = tl.program_id(2)
@@ -382,10 +380,8 @@ def _h_kernel(
             dy, u, delta = dout_next, u_next, delta_next
             after = tl.minimum(i + 1, steps - 1) * step
             dout_next = load(douts + after * dout_token, mask_d)
-            u_next, delta_next = (
-                load(us + after * u_token, mask_d),
-                load(deltas + after * D, mask_d),
-            )
+            u_next = load(us + after * u_token, mask_d)
+            delta_next = load(deltas + after * D, mask_d)
             B, C = load(Bs + i * step * B_token, mask_n), load(Cs + i * step * C_token, mask_n)
             h *= tl.exp2(delta[None, :] * A)
             hC = h * C[:, None]
@@ -522,8 +518,9 @@ class _Scan:
         self.N = A.shape[2]
         self.T = chunk_length(u)
         self.u, self.delta = rows(u), rows(delta)
-        self.B, self.C = rows(B).float(), rows(C).float()  # read for every block of channels
-        self.A = (A.float() * LOG2E.value).transpose(1, 2).contiguous()
+        # Every block of channels reads them; they are small.
+        self.B, self.C = (rows(x).to(torch.float32) for x in (B, C))
+        self.A = (A.to(torch.float32) * LOG2E.value).transpose(1, 2).contiguous()
         skip = None if D is None else D.contiguous()
         self.inputs = self.u, self.delta, self.A, self.B, self.C, skip
         self.strided = self.u, self.B, self.C

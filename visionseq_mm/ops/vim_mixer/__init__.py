@@ -118,8 +118,11 @@ def vim_mixer(
     else:
         A = torch.where(A.isfinite(), A, torch.nan)
     backend = BACKENDS.select(backend, tokens, **scan_limits(A))
-    weights = in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj
-    return _forward(tokens, *weights, list(reverse), list(conv_reverse), recompute, backend)[0]
+    inputs = tokens, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj
+    keep = 'nothing'
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        keep = 'states' if recompute else 'all'
+    return _forward(*inputs, list(reverse), list(conv_reverse), keep, backend)[0]
 
 
 @torch.library.custom_op('visionseq_mm::vim_mixer', mutates_args=())
@@ -136,20 +139,29 @@ def _forward(
     out_proj: Tensor,
     reverse: Sequence[bool],
     conv_reverse: Sequence[bool],
-    recompute: bool,
+    keep: str,
     backend: str,
 ) -> list[Tensor]:
-    """The output, the states of the scan and, without `recompute`, xz, u, low with B, C, and y."""
+    """The output and what to keep for the backward.
+
+    For 'states' those of the scan alone, for 'all' x, z, u, low with B, C, and y too.
+    """
     ops = BACKENDS[backend]
     with torch.autocast(tokens.device.type, enabled=False):
-        xz = F.linear(tokens, in_proj)
-        x, z = xz.chunk(2, -1)
+        to_x, to_z = in_proj.chunk(2)
+        x = F.linear(tokens, to_x)
         u = ops.conv_silu(x, conv_weight, conv_bias, conv_reverse)
+        if keep != 'all':
+            del x  # before there is a z
         low_BC = _project(u, x_proj)
+        z = F.linear(tokens, to_z)
         low, B, C = _split(low_BC, dt_proj, A)
-        y, states = ops.scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse)
-        kept = [] if recompute else [xz, u, low_BC, y]
-        return [F.linear(y, out_proj), states, *kept]
+        y, states = ops.scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse, keep)
+        kept = []
+        if keep != 'nothing':
+            kept = [states, x, z, u, low_BC, y] if keep == 'all' else [states]
+        del z, u
+        return [F.linear(y, out_proj), *kept]
 
 
 def _project(u, x_proj):
@@ -175,16 +187,16 @@ def _(
     out_proj,
     reverse,
     conv_reverse,
-    recompute,
+    keep,
     backend,
 ):
     inner = tokens.new_empty((*tokens.shape[:2], out_proj.shape[1]))
     u = inner.new_empty((len(reverse), *inner.shape))
     states = BACKENDS[backend].new_states(u, A)
-    xz = tokens.new_empty((*tokens.shape[:2], in_proj.shape[0]))
     low_BC = u.new_empty((*u.shape[:3], x_proj.shape[1]))
-    kept = [] if recompute else [xz, u, low_BC, inner]
-    return [torch.empty_like(tokens), states, *kept]
+    x, z, y = (torch.empty_like(inner) for _ in range(3))
+    kept = dict(nothing=[], states=[states], all=[states, x, z, u, low_BC, y])[keep]
+    return [torch.empty_like(tokens), *kept]
 
 
 @torch.library.custom_op(
@@ -218,14 +230,13 @@ def _backward(
     states, *kept = kept
     with torch.autocast(tokens.device.type, enabled=False):
         if kept:
-            xz, u, low_BC, _ = kept
+            x, z, u, low_BC, _ = kept
         else:
-            xz = F.linear(tokens, in_proj)
-            u = ops.conv_silu(xz.chunk(2, -1)[0], conv_weight, conv_bias, conv_reverse)
+            x, z = (F.linear(tokens, weight) for weight in in_proj.chunk(2))
+            u = ops.conv_silu(x, conv_weight, conv_bias, conv_reverse)
             low_BC = _project(u, x_proj)
-        x, z = xz.chunk(2, -1)
         low, B, C = _split(low_BC, dt_proj, A)
-        dxz = torch.empty_like(xz)
+        dxz = tokens.new_empty((*tokens.shape[:2], in_proj.shape[0]))
         dx, dz = dxz.chunk(2, -1)
         dy = dout @ out_proj
         y, du, dlow, dB, dC, ddt_proj, ddt_bias, dA, dD = ops.scan_backward(

@@ -10,9 +10,9 @@ from visionseq_mm.ops.selective_scan.cpu import new_states
 __all__ = ['conv_silu', 'conv_silu_backward', 'new_states', 'scan', 'scan_backward']
 
 
-def scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse):
+def scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse, keep):
     """The gated mean of the directions (B, L, E), and the states for the backward."""
-    return cpu.scan(u, None, low, dt_proj, dt_bias, A, B, C, D, z, reverse)
+    return cpu.scan(u, None, low, dt_proj, dt_bias, A, B, C, D, z, reverse, keep)
 
 
 def scan_backward(dy, u, low, B, C, dt_proj, dt_bias, A, D, z, states, reverse, dz):
@@ -23,7 +23,7 @@ def scan_backward(dy, u, low, B, C, dt_proj, dt_bias, A, D, z, states, reverse, 
     dz.copy_(dz_)
     ddt, low = ddt.flatten(1, 2), low.flatten(1, 2)
     dlow = torch.bmm(ddt, dt_proj).unflatten(1, u.shape[1:3])
-    ddt_proj = torch.bmm(ddt.mT, low)
+    ddt_proj = torch.bmm(low.mT, ddt).mT.contiguous()  # the faster order of the two
     dB, dC, dbias, dA, dD = (
         grad.to(x.dtype) for grad, x in ((dB, B), (dC, C), (dbias, dt_bias), (dA, A), (dD, D))
     )

@@ -10,7 +10,7 @@ from visionseq_mm.ops.selective_scan.reference import new_states
 __all__ = ['conv_silu', 'conv_silu_backward', 'new_states', 'scan', 'scan_backward']
 
 
-def scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse):
+def scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse, keep):
     """The gated mean of the directions (B, L, E), and the states for the backward."""
     dt = _steps(low, dt_proj)
     return reference.forward(u, dt, A, B, C, D, z, dt_bias, reverse)

@@ -82,8 +82,8 @@ def _delta(low, dt_proj, dt_bias):
     return delta
 
 
-def scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse):
-    """The gated mean of the directions (B, L, D), and the states for the backward."""
+def scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse, keep):
+    """The gated mean of the directions (B, L, D), and the states, which it needs in any case."""
     delta = _delta(low, dt_proj, dt_bias)
     return selective_scan.scan(u, delta, A, B, C, D, z, reverse)
 

@@ -1,0 +1,57 @@
+"""How mmengine's FLOP analyser counts the ops, by the names they have in a trace of torch.jit.
+
+``mmengine.analysis`` counts a multiplication and addition as one, torch's ``FlopCounterMode`` as
+two. So these handles give half of what the ops have registered with torch, but for the selective
+scan, which the field counts in single operations everywhere: 9 for each token, channel, state and
+direction (state-spaces/mamba, issue 110). Importing ``visionseq_mm.registry`` is enough for
+mmengine to know them.
+"""
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from visionseq_mm.ops.selective_scan import scan_flops
+
+
+def _read(value):
+    """A tensor's shape, or what a constant is; None where the trace does not say."""
+    return value.type().sizes() if value.isCompleteTensor() else value.toIValue()
+
+
+def _torch_flops(op, inputs):
+    return flop_registry[getattr(torch.ops.visionseq_mm, op)](*inputs)
+
+
+def _halved(op):
+    return lambda inputs, outputs: _torch_flops(op, map(_read, inputs)) // 2
+
+
+def _scan(inputs, outputs):
+    return _torch_flops('selective_scan', map(_read, inputs))
+
+
+def _mixer(inputs, outputs):
+    inputs = [_read(value) for value in inputs]
+    tokens, A = inputs[0], inputs[7]
+    directions, channels = A[:2]
+    scan = scan_flops((directions, *tokens[:2], channels), A, True, True)
+    return (_torch_flops('vim_mixer', inputs) - scan) // 2 + scan
+
+
+def _attention(inputs, outputs):
+    *tensors, num_clusters = (_read(value) for value in list(inputs)[:5])
+    if num_clusters is None:  # it came from the image's size: as many clusters as tokens
+        num_clusters = tensors[0][1]
+    return _torch_flops('sec_attention', (*tensors, num_clusters)) // 2
+
+
+#: {name in a trace: function of its inputs and outputs}, as ``set_op_handle`` takes them; None
+#: leaves ``sec_partition`` out, for no counter has numbers for sorting or for means.
+HANDLES = {
+    'visionseq_mm::vim_mixer': _mixer,
+    'visionseq_mm::selective_scan': _scan,
+    'visionseq_mm::conv1d_silu': _halved('conv1d_silu'),
+    'visionseq_mm::mlstm': _halved('mlstm'),
+    'visionseq_mm::sec_attention': _attention,
+    'visionseq_mm::sec_partition': None,
+}

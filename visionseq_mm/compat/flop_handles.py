@@ -1,0 +1,36 @@
+"""mmengine's FLOP analyser counts our ops, without a script of our own.
+
+``get_model_complexity_info``, and with it mmdet's and mmseg's ``get_flops.py``, take no handles,
+so they have to be in the table that every analyser starts with.
+"""
+
+import importlib
+
+_COUNTED = ('vim_mixer', 'selective_scan', 'conv1d_silu', 'mlstm', 'sec_attention')
+
+
+def _handle(name):
+    """What counts the op ``name``; our ops are imported when a trace has one of them."""
+
+    def count(inputs, outputs):
+        flops = importlib.import_module('visionseq_mm.analysis.flops')
+        return flops.HANDLES[name](inputs, outputs)
+
+    return count
+
+
+def install() -> None:
+    """Add what counts our ops to mmengine's table, where nobody else counts them yet.
+
+    An mmengine without such a table goes on naming them as unsupported operators.
+    """
+    try:
+        from mmengine.analysis import complexity_analysis
+
+        table = complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS
+    except (ImportError, AttributeError):
+        return
+    for op in _COUNTED:
+        name = f'visionseq_mm::{op}'
+        table.setdefault(name, _handle(name))
+    table.setdefault('visionseq_mm::sec_partition', None)  # a sort: no FLOPs, and no warning
