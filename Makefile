@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all unit lint gpu
+.PHONY: help setup demo test test-all unit lint gpu bench gpu-bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,20 @@ lint: setup  ## ruff: rules and format
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 
+bench: setup  ## time and memory on this CPU, beside DeiT; 5 minutes
+	$(RUN) benchmarks.reach --device cpu --json docs/benchmarks/cpu_reach.json
+	$(RUN) benchmarks.backbones --device cpu --models vim-tiny --sizes --recompute 1024 \
+		--json docs/benchmarks/cpu_recompute.json
+
 # No set-up: a machine with a GPU may bring its own torch and have no network.
+ANY_PYTHON := $(firstword $(wildcard $(VENV)/bin/python) python3)
+
 gpu:  ## run the GPU's tests, in .venv if there is one, else with python3
-	$(firstword $(wildcard $(VENV)/bin/python) python3) -m pytest -m gpu
+	$(ANY_PYTHON) -m pytest -m gpu
+
+gpu-bench:  ## time and memory on a GPU, beside CUDA packages and DeiT; below 10 minutes
+	$(ANY_PYTHON) -m benchmarks.reach --device cuda --minutes 3 \
+		--json docs/benchmarks/gpu_reach.json
+	-$(ANY_PYTHON) -m benchmarks.ops --device cuda --minutes 3 --json docs/benchmarks/gpu_ops.json
+	$(ANY_PYTHON) -m benchmarks.backbones --device cuda --minutes 3 \
+		--json docs/benchmarks/gpu_backbones.json

@@ -174,7 +174,7 @@ def main() -> int:
     parser = common.parser(MODULE, __doc__, minutes=5)
     add = parser.add_argument
     add('--models', nargs='+', help='FAMILY-ARCH[:OPTION…]: vim-tiny:reference, deit-tiny:naive')
-    add('--sizes', nargs='+', type=int, help='pixels of a side, multiples of 16')
+    add('--sizes', nargs='*', type=int, help='pixels of a side, multiples of 16')
     add('--batches', nargs='+', help="numbers, or 'max': the largest power of two (GPU)")
     add('--passes', nargs='+', default=['forward', 'step'], choices=['forward', 'step'], help=' ')
     add('--precision', choices=PRECISIONS, help="'bfloat16' casts the weights, no autocast")
@@ -211,7 +211,8 @@ def main() -> int:
             if begin(f'recomputation of {label}'):
                 group = [Runner(x, device, args.precision) for x in recompute_labels(label)]
                 measure('recompute', group, args.recompute, args.recompute_batch, 'step')
-    report.table(f'Backbones, {args.precision}', COLUMNS)
+    if args.sizes:
+        report.table(f'Backbones, {args.precision}', COLUMNS)
     for batch in args.batches:
         for size in args.sizes:
             for kind in args.passes:

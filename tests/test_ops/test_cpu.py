@@ -94,7 +94,10 @@ def test_scan_does_not_depend_on_the_number_of_threads():
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-def test_tasks_are_shared_out_once():
+@pytest.mark.parametrize('openmp', [True, False])
+def test_tasks_are_shared_out_once(openmp, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(threads, '_openmp', None)
     seen = []
     torch.set_num_threads(3)
     threads.run(lambda first, last, x: seen.extend(range(first, last)), 8, None)

@@ -10,7 +10,7 @@ mmengine to know them.
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from visionseq_mm.ops.selective_scan import scan_flops
+from visionseq_mm.ops.vim_mixer import projection_flops
 
 
 def _read(value):
@@ -31,11 +31,9 @@ def _scan(inputs, outputs):
 
 
 def _mixer(inputs, outputs):
-    inputs = [_read(value) for value in inputs]
-    tokens, A = inputs[0], inputs[7]
-    directions, channels = A[:2]
-    scan = scan_flops((directions, *tokens[:2], channels), A, True, True)
-    return (_torch_flops('vim_mixer', inputs) - scan) // 2 + scan
+    tokens, _, conv_weight, _, _, dt_proj, _, A, *_ = inputs = [_read(x) for x in inputs]
+    projections = projection_flops(tokens, A, conv_weight, dt_proj)
+    return _torch_flops('vim_mixer', inputs) - projections // 2
 
 
 def _attention(inputs, outputs):

@@ -1,22 +1,44 @@
-"""Numba kernels on as many threads as torch has.
+"""Numba kernels on as many threads as torch has, and on torch's own where that can be.
 
-Numba's own layers keep a second team of threads: OpenMP's aborts in a forked worker, and both
-teams spin while the other works. A kernel here is a plain function without the interpreter's
-lock, and these threads sleep between calls.
+A second team of threads, such as Numba's, would wait for its turn beside the first, which keeps
+its cores busy for a while after each of its operations. So the kernels here are plain functions
+without the interpreter's lock, and torch's OpenMP runtime calls them. It does not outlive a fork;
+there, and without OpenMP, threads of our own do, which sleep between calls.
 """
 
+import ctypes
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 
-_pool = None
+_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _find_openmp():
+    """The process's OpenMP runtime, with the entry point that compiled code calls, or None."""
+    try:
+        library = ctypes.CDLL(None)
+        library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads  # noqa: B018
+    except (AttributeError, OSError, TypeError):
+        return None
+    return library
+
+
+_openmp = _find_openmp() if torch.backends.openmp.is_available() else None
+
+
+@cache
+def _pool(threads):
+    return ThreadPoolExecutor(threads, thread_name_prefix='visionseq_mm')
 
 
 def _forget():
-    """A forked process has none of the threads."""
-    global _pool
-    _pool = None
+    global _openmp
+    _openmp = None
+    _pool.cache_clear()
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -24,15 +46,34 @@ os.register_at_fork(after_in_child=_forget)
 
 def run(kernel, tasks: int, *args):
     """Calls `kernel(first, last, *args)` for the parts of range(tasks), at once."""
-    global _pool
     threads = min(torch.get_num_threads(), tasks)
     if threads == 1:
         kernel(0, tasks, *args)
-        return
-    if _pool is None or _pool._max_workers < threads - 1:
-        _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix='visionseq_mm')
+    elif _openmp:
+        _run_on_openmp(kernel, tasks, threads, args)
+    else:
+        _run_on_pool(kernel, tasks, threads, args)
+
+
+def _run_on_openmp(kernel, tasks, threads, args):
+    errors = []
+
+    def body(_):
+        i, count = _openmp.omp_get_thread_num(), _openmp.omp_get_num_threads()
+        try:
+            kernel(tasks * i // count, tasks * (i + 1) // count, *args)
+        except BaseException as error:  # must not pass through the runtime
+            errors.append(error)
+
+    _openmp.GOMP_parallel(_Body(body), None, threads, 0)
+    if errors:
+        raise errors[0]
+
+
+def _run_on_pool(kernel, tasks, threads, args):
     borders = [tasks * i // threads for i in range(threads + 1)]
-    others = [_pool.submit(kernel, borders[i], borders[i + 1], *args) for i in range(1, threads)]
-    kernel(borders[0], borders[1], *args)
+    parts = list(itertools.pairwise(borders))
+    others = [_pool(threads - 1).submit(kernel, *part, *args) for part in parts[1:]]
+    kernel(*parts[0], *args)
     for other in others:
         other.result()

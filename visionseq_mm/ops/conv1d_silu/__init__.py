@@ -69,7 +69,7 @@ def check_directions(op: str, name: str, x: Tensor, **flags: Sequence[bool]):
 
 @torch.library.custom_op('visionseq_mm::conv1d_silu', mutates_args=())
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, reverse: Sequence[bool], backend: str
+    x: Tensor, weight: Tensor, bias: Tensor, reverse: Sequence[int], backend: str
 ) -> Tensor:
     return BACKENDS[backend].forward(x, weight, bias, reverse)
 
@@ -83,7 +83,7 @@ def _(x, weight, bias, reverse, backend):
     'visionseq_mm::conv1d_silu_backward',
     mutates_args=(),
     schema=(
-        '(Tensor du, Tensor x, Tensor weight, Tensor bias, bool[] reverse, str backend) -> '
+        '(Tensor du, Tensor x, Tensor weight, Tensor bias, int[] reverse, str backend) -> '
         '(Tensor, Tensor, Tensor)'
     ),
 )

@@ -89,7 +89,7 @@ class _Arguments:
             self.array(x),
             self.array(weight.mT),
             self.array(bias),
-            np.array(reverse),
+            np.array(reverse, dtype=bool),
         )
 
     def array(self, x):

@@ -136,7 +136,7 @@ def _forward(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
-    reverse: Sequence[bool],
+    reverse: Sequence[int],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The mean over the directions, gated, and the states that the backward starts from."""
@@ -154,7 +154,7 @@ def _(u, dt, A, B, C, D, z, dt_bias, reverse, backend):
     mutates_args=(),
     schema=(
         '(Tensor dout, Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, '
-        'Tensor? z, Tensor? dt_bias, Tensor states, bool[] reverse, '
+        'Tensor? z, Tensor? dt_bias, Tensor states, int[] reverse, '
         'str backend) -> Tensor[]'
     ),
 )

@@ -256,7 +256,7 @@ class _Arguments:
             self.array(C, channels=False),
             self.array(zeros if D is None else D),
             self.z,
-            np.array(reverse),
+            np.array(reverse, dtype=bool),
         )
         self.lanes = lanes_of(self.arrays[0].dtype)
         self.samples = u.shape[1]

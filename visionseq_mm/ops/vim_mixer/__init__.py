@@ -137,8 +137,8 @@ def _forward(
     A: Tensor,
     D: Tensor,
     out_proj: Tensor,
-    reverse: Sequence[bool],
-    conv_reverse: Sequence[bool],
+    reverse: Sequence[int],
+    conv_reverse: Sequence[int],
     keep: str,
     backend: str,
 ) -> list[Tensor]:
@@ -205,7 +205,7 @@ def _(
     schema=(
         '(Tensor dout, Tensor tokens, Tensor in_proj, Tensor conv_weight, Tensor conv_bias, '
         'Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A, Tensor D, Tensor out_proj, '
-        'Tensor[] kept, bool[] reverse, bool[] conv_reverse, str backend) -> Tensor[]'
+        'Tensor[] kept, int[] reverse, int[] conv_reverse, str backend) -> Tensor[]'
     ),
 )
 def _backward(
@@ -290,23 +290,28 @@ def _differentiate(ctx, grads):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+def projection_flops(tokens, A, conv_weight, dt_proj) -> int:
+    """Operations of the projections and the convolution, two for a multiplication and addition."""
+    B, L, D = tokens
+    S, E, N = A
+    R = dt_proj[-1]
+    return 2 * B * L * (3 * E * D + S * E * (conv_weight[-1] + (R + 2 * N) + R))
+
+
 @register_flop_formula(torch.ops.visionseq_mm.vim_mixer)
 def mixer_flops(
     tokens, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, *args, **kwargs
 ) -> int:
-    """Operations of a mixer with inputs of these shapes.
-
-    Two for each multiplication and addition of a projection or convolution; of the scan as
-    :func:`visionseq_mm.ops.selective_scan.scan_flops` counts them.
-    """
-    B, L, D = tokens
-    S, E, N = A
-    R = dt_proj[-1]
-    weights = 3 * E * D + S * E * (conv_weight[-1] + (R + 2 * N) + R)
-    return 2 * B * L * weights + scan_flops((S, B, L, E), A, True, True)
+    """Operations of a mixer with inputs of these shapes, its scan's as `scan_flops` has them."""
+    S, E, _ = A
+    scan = scan_flops((S, *tokens[:2], E), A, True, True)
+    return projection_flops(tokens, A, conv_weight, dt_proj) + scan
 
 
 @register_flop_formula(torch.ops.visionseq_mm.vim_mixer_backward)
 def _backward_flops(dout, *inputs, **kwargs):
-    """Two for one of the forward pass, and that a second time."""
-    return 3 * mixer_flops(*inputs)
+    """Two for one of the forward pass, and what was not kept a second time."""
+    tokens, _, conv_weight, _, _, dt_proj, _, A, *_ = inputs
+    kept = inputs[10]
+    projections = projection_flops(tokens, A, conv_weight, dt_proj)
+    return 3 * mixer_flops(*inputs) - (projections if len(kept) > 1 else 0)
