@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numba
 import numpy as np
+import torch
+import torch.nn.functional as F
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba.core import cgutils, types
@@ -40,9 +42,35 @@ def jit(function):
 inline = partial(numba.njit, forceinline=True, error_model='numpy')
 
 
-def lanes_of(dtype) -> int:
-    """Elements of a vector of a NumPy dtype."""
-    return BYTES // np.dtype(dtype).itemsize
+class Channels:
+    """Tensors as arrays of one dtype, the channels in their last dimension in whole vectors."""
+
+    def __init__(self, count: int, dtype: torch.dtype):
+        self.count = count
+        self.dtype = dtype
+        self.lanes = BYTES // dtype.itemsize
+        self.width = -(-count // self.lanes) * self.lanes
+
+    def array(self, x: torch.Tensor | None) -> np.ndarray | None:
+        """Padded with zeros where need be; else the tensor's memory, where its dtype allows."""
+        if x is None or self.width == self.count:
+            return self.plain(x)
+        return self.plain(F.pad(x, (0, self.width - self.count)))
+
+    def plain(self, x: torch.Tensor | None) -> np.ndarray | None:
+        """Of a tensor without channels."""
+        if x is None:
+            return None
+        x = x.detach().to(self.dtype)
+        return (x if x.stride(-1) == 1 else x.contiguous()).numpy()
+
+    def new(self, *shape: int) -> torch.Tensor:
+        """Empty, with channels behind the dimensions of `shape`."""
+        return torch.empty((*shape, self.width), dtype=self.dtype)
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """Without what was padded."""
+        return x[..., : self.count]
 
 
 # ------------------------------------------------------------------- the type

@@ -1,12 +1,10 @@
 """The convolution in Numba."""
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from visionseq_mm.ops import threads
 from visionseq_mm.ops.common import widest_dtype
-from visionseq_mm.ops.simd import fma, inline, jit, lanes_of, load, sigmoid, splat, store
+from visionseq_mm.ops.simd import BYTES, Channels, fma, inline, jit, load, sigmoid, splat, store
 
 ROWS = 32  # tokens of a task
 
@@ -26,7 +24,7 @@ def _before_silu(x, weight, bias, reverse, s, b, t, d):
 def _forward(first, last, x, weight, bias, reverse, u):
     """Tasks: a sample and some tokens."""
     S, _, L, D = u.shape
-    lanes = 64 // x.itemsize
+    lanes = BYTES // x.itemsize
     parts = (L + ROWS - 1) // ROWS
     for task in range(first, last):
         b, begin = task // parts, task % parts * ROWS
@@ -43,7 +41,7 @@ def _backward(first, last, du, x, weight, bias, reverse, dx, dweight, dbias):
     S, _, L, D = du.shape
     taps = weight.shape[1]
     past = taps - 1
-    lanes = 64 // x.itemsize
+    lanes = BYTES // x.itemsize
     parts = (L + ROWS - 1) // ROWS
     # Gradient before the SiLU of these tokens and of those within reach, zero outside.
     before = np.empty((S, ROWS + 2 * past, lanes), x.dtype)
@@ -78,51 +76,36 @@ def _backward(first, last, du, x, weight, bias, reverse, dx, dweight, dbias):
                     store(dweight, (task, s, k, d), sums)
 
 
-class _Arguments:
-    """The inputs as arrays of the accumulator's type, channels padded to whole vectors."""
+def _arrays(channels, x, weight, bias, reverse):
+    """What both kernels take, in their order."""
+    reverse = np.array(reverse, dtype=bool)
+    return channels.array(x), channels.array(weight.mT), channels.array(bias), reverse
 
-    def __init__(self, x, weight, bias, reverse):
-        self.dtype = widest_dtype(x, weight)
-        self.lanes = lanes_of(str(self.dtype).removeprefix('torch.'))
-        self.padding = -x.shape[-1] % self.lanes
-        self.arrays = (
-            self.array(x),
-            self.array(weight.mT),
-            self.array(bias),
-            np.array(reverse, dtype=bool),
-        )
 
-    def array(self, x):
-        x = x.detach().to(self.dtype)
-        x = F.pad(x, (0, self.padding)) if self.padding else x
-        return (x if x.stride(-1) == 1 else x.contiguous()).numpy()
-
-    def new(self, *shape):
-        return torch.empty(*shape[:-1], shape[-1] + self.padding, dtype=self.dtype)
-
-    def cut(self, x):
-        return x[..., : x.shape[-1] - self.padding]
+def _tasks(x):
+    return len(x) * -(-x.shape[1] // ROWS)
 
 
 def forward(x, weight, bias, reverse):
     """(S, B, L, D)."""
-    inputs = _Arguments(x, weight, bias, reverse)
-    u = inputs.new(len(reverse), *x.shape)
-    tasks = len(x) * -(-x.shape[1] // ROWS)
-    threads.run(_forward, tasks, *inputs.arrays, u.numpy())
-    return inputs.cut(u).to(x.dtype).contiguous()
+    channels = Channels(x.shape[2], widest_dtype(x, weight))
+    u = channels.new(len(reverse), *x.shape[:2])
+    threads.run(_forward, _tasks(x), *_arrays(channels, x, weight, bias, reverse), u.numpy())
+    return channels.cut(u).to(x.dtype).contiguous()
 
 
 def backward(du, x, weight, bias, reverse, dx):
     """Writes the gradient of x (B, L, D), and returns those of weight and bias."""
-    inputs = _Arguments(x, weight, bias, reverse)
-    whole = dx.dtype == inputs.dtype and not inputs.padding
-    dx_ = dx if whole else inputs.new(*x.shape)
-    tasks = len(x) * -(-x.shape[1] // ROWS)
-    dweight, dbias = inputs.new(tasks, *weight.mT.shape), inputs.new(tasks, *bias.shape)
-    arrays = (y.detach().numpy() for y in (dx_, dweight, dbias))
-    threads.run(_backward, tasks, inputs.array(du), *inputs.arrays, *arrays)
-    if not whole:
-        dx.copy_(inputs.cut(dx_))
-    dweight, dbias = inputs.cut(dweight.sum(0)).mT, inputs.cut(dbias.sum(0))
-    return dweight.to(weight.dtype).contiguous(), dbias.to(bias.dtype)
+    channels = Channels(x.shape[2], widest_dtype(x, weight))
+    arrays = _arrays(channels, x, weight, bias, reverse)
+    direct = dx.dtype == channels.dtype and channels.width == channels.count
+    own_dx = dx if direct else channels.new(*x.shape[:2])
+    tasks = _tasks(x)
+    S, _, taps = weight.shape
+    dweight, dbias = channels.new(tasks, S, taps), channels.new(tasks, S)
+    results = (y.numpy() for y in (own_dx, dweight, dbias))
+    threads.run(_backward, tasks, channels.array(du), *arrays, *results)
+    if not direct:
+        dx.copy_(channels.cut(own_dx))
+    dweight, dbias = (channels.cut(y.sum(0)) for y in (dweight, dbias))
+    return dweight.mT.to(weight.dtype).contiguous(), dbias.to(bias.dtype).contiguous()

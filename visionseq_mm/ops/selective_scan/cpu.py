@@ -9,18 +9,18 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from visionseq_mm.ops import threads
 from visionseq_mm.ops.common import widest_dtype
 from visionseq_mm.ops.simd import (
+    BYTES,
+    Channels,
     broadcast,
     exp2,
     fma,
     inline,
     jit,
     lane_sums,
-    lanes_of,
     load,
     sigmoid,
     softplus,
@@ -32,15 +32,6 @@ from visionseq_mm.ops.simd import (
 CHUNK = 64  # steps between the states that are kept for the backward
 STRIPE = 4  # vectors of channels that a thread of the backward sums over
 LN2 = math.log(2)
-
-
-def new_states(u, A):
-    """Empty states before each chunk, (S, chunks, B, N, D), D in whole vectors."""
-    S, B, L, D = u.shape
-    dtype = widest_dtype(u, A)
-    lanes = lanes_of(str(dtype).removeprefix('torch.'))
-    chunks = -(-L // CHUNK)
-    return u.new_empty((S, chunks, B, A.shape[2], -(-D // lanes) * lanes), dtype=dtype)
 
 
 @inline
@@ -63,7 +54,7 @@ def _forward(first, last, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, 
     """
     S, _, L, _ = u.shape
     N = A.shape[1]
-    lanes = 64 // u.itemsize
+    lanes = BYTES // u.itemsize
     vectors = u.shape[3] // lanes
     h = np.empty((N, lanes), u.dtype)
     deltas = np.empty((CHUNK, lanes), u.dtype)
@@ -136,7 +127,7 @@ def _backward(
     """
     S, _, L, width = u.shape
     N = A.shape[1]
-    lanes = 64 // u.itemsize
+    lanes = BYTES // u.itemsize
     stripe = STRIPE * lanes
     stripes = (width + stripe - 1) // stripe
     h = np.empty((CHUNK + 1, N, lanes), u.dtype)
@@ -237,44 +228,34 @@ def _backward(
                 store(dbias, (b, s, d), dbias_sum)
 
 
-class _Arguments:
-    """The inputs as arrays of the accumulator's type, channels padded to whole vectors."""
+def _channels(u, A):
+    return Channels(u.shape[3], widest_dtype(u, A))
 
-    def __init__(self, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, states):
-        self.dtype, self.width = states.dtype, states.shape[-1]
-        self.channels = u.shape[3]
-        zeros = A.new_zeros(A.shape[:2])
-        self.z = self.array(z)
-        self.arrays = (
-            self.array(u),
-            self.array(dt),
-            self.array(low, channels=False),
-            self.array(None if dt_proj is None else dt_proj.mT),
-            self.array(zeros if dt_bias is None else dt_bias),
-            self.array(A.mT.to(self.dtype) * math.log2(math.e)),
-            self.array(B, channels=False),
-            self.array(C, channels=False),
-            self.array(zeros if D is None else D),
-            self.z,
-            np.array(reverse, dtype=bool),
-        )
-        self.lanes = lanes_of(self.arrays[0].dtype)
-        self.samples = u.shape[1]
-        self.vectors = self.width // self.lanes
 
-    def array(self, x, channels=True):
-        if x is None:
-            return None
-        x = x.detach().to(self.dtype)
-        if channels:
-            x = F.pad(x, (0, self.width - self.channels)) if x.shape[-1] != self.width else x
-        return (x if x.stride(-1) == 1 else x.contiguous()).numpy()
+def _arrays(channels, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse):
+    """What both kernels take, in their order."""
+    zeros = A.new_zeros(A.shape[:2])
+    return (
+        channels.array(u),
+        channels.array(dt),
+        channels.plain(low),
+        channels.array(None if dt_proj is None else dt_proj.mT),
+        channels.array(zeros if dt_bias is None else dt_bias),
+        channels.array(A.mT.to(channels.dtype) / LN2),
+        channels.plain(B),
+        channels.plain(C),
+        channels.array(zeros if D is None else D),
+        channels.array(z),
+        np.array(reverse, dtype=bool),
+    )
 
-    def new(self, *shape):
-        return torch.empty((*shape, self.width), dtype=self.dtype)
 
-    def cut(self, x):
-        return x[..., : self.channels]
+def new_states(u, A):
+    """Empty states before each chunk, (S, chunks, B, N, D), D in whole vectors."""
+    S, B, L, _ = u.shape
+    channels = _channels(u, A)
+    shape = S, -(-L // CHUNK), B, A.shape[2], channels.width
+    return u.new_empty(shape, dtype=channels.dtype)
 
 
 def scan(u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, keep='all'):
@@ -284,41 +265,45 @@ def scan(u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, keep='all'):
         keep: What is needed afterwards: 'all'; 'states', but u may be written over; 'nothing',
             and there are no states.
     """
+    channels = _channels(u, A)
+    arrays = _arrays(channels, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse)
     states = new_states(u, A) if keep != 'nothing' else new_states(u[:0], A)
-    inputs = _Arguments(u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, states)
-    in_place = keep != 'all' and inputs.arrays[0].ctypes.data == u.data_ptr()
-    y = u[0].detach() if in_place else inputs.new(*u.shape[1:3])
-    tasks = inputs.samples * inputs.vectors
-    threads.run(_forward, tasks, *inputs.arrays, y.numpy(), states.numpy())
-    return inputs.cut(y).to(u.dtype).contiguous(), states
+    in_place = keep != 'all' and arrays[0].ctypes.data == u.data_ptr()
+    y = u[0].detach() if in_place else channels.new(*u.shape[1:3])
+    tasks = u.shape[1] * channels.width // channels.lanes
+    threads.run(_forward, tasks, *arrays, y.numpy(), states.numpy())
+    return channels.cut(y).to(u.dtype).contiguous(), states
 
 
-def differentiate(dout, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, states, reverse):
-    """The output once more, and the gradients of u, dt, A, B, C, D, dt_bias and z."""
-    inputs = _Arguments(u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, states)
+def differentiate(dout, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, states, reverse, dz):
+    """The output once more and the gradients of the inputs but z, whose own goes to dz."""
+    channels = _channels(u, A)
+    arrays = _arrays(channels, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse)
     S, samples, L, N = B.shape
-    stripes = -(-inputs.vectors // STRIPE)
-    y = inputs.new(samples, L)
-    du, ddt = inputs.new(S, samples, L), inputs.new(S, samples, L)
-    dA, dD, dbias = (inputs.new(samples, S, *n) for n in ((N,), (), ()))
-    sums = -(-N // inputs.lanes) * inputs.lanes
-    dB, dC = (torch.empty(stripes, S, samples, L, sums, dtype=inputs.dtype) for _ in range(2))
-    dz = None if z is None else inputs.new(samples, L)
+    stripes = -(-channels.width // (STRIPE * channels.lanes))
+    y = channels.new(samples, L)
+    du, ddt = channels.new(S, samples, L), channels.new(S, samples, L)
+    dA, dD, dbias = (channels.new(samples, S, *n) for n in ((N,), (), ()))
+    sums = -(-N // channels.lanes) * channels.lanes
+    dB, dC = (torch.empty(stripes, S, samples, L, sums, dtype=y.dtype) for _ in range(2))
+    direct = dz is not None and dz.dtype == y.dtype and channels.width == channels.count
+    own_dz = dz if direct or dz is None else torch.empty_like(y)
     results = y, du, ddt, dA, dB, dC, dD, dbias
     threads.run(
         _backward,
         samples * stripes,
-        inputs.array(dout),
-        *inputs.arrays,
+        channels.array(dout),
+        *arrays,
         states.numpy(),
         *(x.numpy() for x in results),
-        None if dz is None else dz.numpy(),
+        None if dz is None else own_dz.numpy(),
     )
-    y, du, ddt = (inputs.cut(x).to(u.dtype) for x in (y, du, ddt))
-    dA, dD, dbias = (inputs.cut(x.sum(0)) for x in (dA, dD, dbias))
-    dB, dC = dB.sum(0)[..., :N], dC.sum(0)[..., :N]
-    dz = None if dz is None else inputs.cut(dz)
-    return y, du, ddt, dA.mT, dB, dC, dD, dbias, dz
+    if own_dz is not dz:
+        dz.copy_(channels.cut(own_dz))
+    y, du, ddt = (channels.cut(x).to(u.dtype) for x in (y, du, ddt))
+    dA, dD, dbias = (channels.cut(x.sum(0)) for x in (dA, dD, dbias))
+    dB, dC = (x.sum(0)[..., :N] for x in (dB, dC))
+    return y, du, ddt, dA.mT, dB, dC, dD, dbias
 
 
 def forward(u, dt, A, B, C, D, z, dt_bias, reverse):
@@ -328,8 +313,9 @@ def forward(u, dt, A, B, C, D, z, dt_bias, reverse):
 
 def backward(dout, u, dt, A, B, C, D, z, dt_bias, states, reverse):
     """Gradients of the inputs that are there, in their order."""
-    _, du, ddt, dA, dB, dC, dD, dbias, dz = differentiate(
-        dout, u, dt, None, None, dt_bias, A, B, C, D, z, states, reverse
+    dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+    _, du, ddt, dA, dB, dC, dD, dbias = differentiate(
+        dout, u, dt, None, None, dt_bias, A, B, C, D, z, states, reverse, dz
     )
     pairs = zip((du, ddt, dA, dB, dC, dD, dz, dbias), (u, dt, A, B, C, D, z, dt_bias), strict=True)
     return [grad.to(x.dtype).contiguous() for grad, x in pairs if x is not None]

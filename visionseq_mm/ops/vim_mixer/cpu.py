@@ -17,10 +17,9 @@ def scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse, keep):
 
 def scan_backward(dy, u, low, B, C, dt_proj, dt_bias, A, D, z, states, reverse, dz):
     """Writes the gradient of z; returns the output once more and the other gradients."""
-    y, du, ddt, dA, dB, dC, dD, dbias, dz_ = cpu.differentiate(
-        dy, u, None, low, dt_proj, dt_bias, A, B, C, D, z, states, reverse
+    y, du, ddt, dA, dB, dC, dD, dbias = cpu.differentiate(
+        dy, u, None, low, dt_proj, dt_bias, A, B, C, D, z, states, reverse, dz
     )
-    dz.copy_(dz_)
     ddt, low = ddt.flatten(1, 2), low.flatten(1, 2)
     dlow = torch.bmm(ddt, dt_proj).unflatten(1, u.shape[1:3])
     ddt_proj = torch.bmm(low.mT, ddt).mT.contiguous()  # the faster order of the two
