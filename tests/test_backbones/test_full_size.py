@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def peak():
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = getattr(backbones, sys.argv[1])(with_cp=sys.argv[2] == 'True')
+model = getattr(backbones, sys.argv[1])(**json.loads(sys.argv[2]))
+model(torch.randn(1, 3, 64, 64))  # what is compiled or started once is not counted
 start, before = time.perf_counter(), peak()
 maps = model(torch.randn(1, 3, 1024, 1024))
 sum(m.square().mean() for m in maps).backward()
@@ -48,12 +50,12 @@ print(json.dumps([finite, time.perf_counter() - start, before, peak()]))
 """
 
 
-def step(name, with_cp):
+def step(name, **arguments):
     """MiB that image, activations and gradients add to a process of its own, at the peak."""
     # glibc returns freed tensors of a megabyte and more at once, so that the peak is theirs.
     environment = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': str(2**20)}
     done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', STEP, name, str(with_cp)],
+        [sys.executable, '-W', 'ignore', '-c', STEP, name, json.dumps(arguments)],
         capture_output=True,
         text=True,
         env=environment,
@@ -61,7 +63,7 @@ def step(name, with_cp):
     assert done.returncode == 0, done.stderr
     finite, seconds, before, peak = json.loads(done.stdout.splitlines()[-1])
     print(
-        f'\n{name} tiny, forward and backward of 1 x 1024 x 1024, with_cp={with_cp}: '
+        f'\n{name} tiny, forward and backward of 1 x 1024 x 1024, {arguments}: '
         f'{seconds:.1f} s, peak {peak:.0f} MiB, {before:.0f} MiB before the image'
     )
     assert finite
@@ -73,7 +75,10 @@ def step(name, with_cp):
 def test_forward_and_backward(name, capsys):
     """Memory is linear in the tokens, and much less with recomputation."""
     with capsys.disabled():
-        kept = step(name, with_cp=False)
-        recomputed = step(name, with_cp=True)
-    assert kept < BUDGET
-    assert recomputed < kept / 2
+        levels = [dict(), dict(with_cp=True)]
+        if name == 'Vim':
+            levels.insert(0, dict(recompute='none'))
+        added = [step(name, **level) for level in levels]
+    assert added[0] < BUDGET
+    for more, less in pairwise(added):
+        assert less < 0.6 * more

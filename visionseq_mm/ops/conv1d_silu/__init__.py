@@ -67,10 +67,12 @@ def check_directions(op: str, name: str, x: Tensor, **flags: Sequence[bool]):
             )
 
 
-@torch.library.custom_op('visionseq_mm::conv1d_silu', mutates_args=())
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, reverse: Sequence[int], backend: str
-) -> Tensor:
+@torch.library.custom_op(
+    'visionseq_mm::conv1d_silu',
+    mutates_args=(),
+    schema='(Tensor x, Tensor weight, Tensor bias, int[] reverse, str backend) -> Tensor',
+)
+def _forward(x, weight, bias, reverse, backend):
     return BACKENDS[backend].forward(x, weight, bias, reverse)
 
 

@@ -4,8 +4,6 @@ S directions, B batch, L tokens, D channels, N states. Inside, every op has the 
 first dimension; none flips anything in memory.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -126,19 +124,15 @@ def scan_limits(A: Tensor) -> dict[str, str]:
     return dict(triton=f'takes at most {TRITON_STATES} states, and A is {tuple(A.shape)}')
 
 
-@torch.library.custom_op('visionseq_mm::selective_scan', mutates_args=())
-def _forward(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    reverse: Sequence[int],
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    'visionseq_mm::selective_scan',
+    mutates_args=(),
+    schema=(
+        '(Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, '
+        'Tensor? dt_bias, int[] reverse, str backend) -> (Tensor, Tensor)'
+    ),
+)
+def _forward(u, dt, A, B, C, D, z, dt_bias, reverse, backend):
     """The mean over the directions, gated, and the states that the backward starts from."""
     with torch.autocast(u.device.type, enabled=False):
         return BACKENDS[backend].forward(u, dt, A, B, C, D, z, dt_bias, reverse)

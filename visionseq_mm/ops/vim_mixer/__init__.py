@@ -125,23 +125,31 @@ def vim_mixer(
     return _forward(*inputs, list(reverse), list(conv_reverse), keep, backend)[0]
 
 
-@torch.library.custom_op('visionseq_mm::vim_mixer', mutates_args=())
+@torch.library.custom_op(
+    'visionseq_mm::vim_mixer',
+    mutates_args=(),
+    schema=(
+        '(Tensor tokens, Tensor in_proj, Tensor conv_weight, Tensor conv_bias, Tensor x_proj, '
+        'Tensor dt_proj, Tensor dt_bias, Tensor A, Tensor D, Tensor out_proj, int[] reverse, '
+        'int[] conv_reverse, str keep, str backend) -> Tensor[]'
+    ),
+)
 def _forward(
-    tokens: Tensor,
-    in_proj: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    out_proj: Tensor,
-    reverse: Sequence[int],
-    conv_reverse: Sequence[int],
-    keep: str,
-    backend: str,
-) -> list[Tensor]:
+    tokens,
+    in_proj,
+    conv_weight,
+    conv_bias,
+    x_proj,
+    dt_proj,
+    dt_bias,
+    A,
+    D,
+    out_proj,
+    reverse,
+    conv_reverse,
+    keep,
+    backend,
+):
     """The output and what to keep for the backward.
 
     For 'states' those of the scan alone, for 'all' x, z, u, low with B, C, and y too.
