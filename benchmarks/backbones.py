@@ -35,7 +35,8 @@ DEFAULTS = {
 def peak(runner: Runner, size: int, batch: int, kind: str, threads: int) -> float:
     """MiB that image and pass add; on a CPU in a process of its own."""
     if runner.device.type == 'cpu':
-        return memory.process_peak(runner.label, size, batch, kind == 'step', threads)
+        step = kind == 'step'
+        return memory.process_peak(runner.label, size, batch, step, threads, runner.precision)
     call = runner.pass_(kind)
     call(runner.image(size, batch))  # libraries may look for their best kernel, with its memory
     return memory.cuda_peak(lambda: call(runner.image(size, batch)), runner.device)

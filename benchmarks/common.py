@@ -169,6 +169,7 @@ class Report:
 
     def save(self) -> None:
         if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.data, indent=1) + '\n')
 
 

@@ -64,7 +64,9 @@ def cuda_held(call: Callable[[], tuple[Tensor, ...]], device: torch.device) -> f
 # --------------------------------------------------------------------- processes
 
 
-def process_peak(model: str, size: int, batch: int, step: bool, threads: int) -> float:
+def process_peak(
+    model: str, size: int, batch: int, step: bool, threads: int, precision: str
+) -> float:
     """MiB that one call of a backbone adds, at its peak, to a CPU process of its own.
 
     Raises:
@@ -73,6 +75,7 @@ def process_peak(model: str, size: int, batch: int, step: bool, threads: int) ->
     """
     command = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.memory', model]
     command += ['--size', str(size), '--batch', str(batch), '--threads', str(threads)]
+    command += ['--precision', precision]
     # glibc returns freed tensors of a megabyte and more at once, so that the peak is theirs.
     environment = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': str(MIB), 'CUDA_VISIBLE_DEVICES': ''}
     done = subprocess.run(
@@ -114,9 +117,10 @@ def main():
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--step', action='store_true', help='a training step, not a forward')
     parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--precision', default='float32', help='as for benchmarks.backbones')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    runner = Runner(args.model, torch.device('cpu'), 'float32')
+    runner = Runner(args.model, torch.device('cpu'), args.precision)
     call = runner.step if args.step else runner.forward
     call(runner.image(64, 1))  # kernels are compiled and threads started before the baseline
     gc.collect()

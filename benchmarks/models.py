@@ -65,6 +65,7 @@ class Runner:
         self.label = label
         self.ours = family == 'vim'
         self.device = device
+        self.precision = precision
         self.dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
         self.autocast = precision == 'autocast'
         self.model = model.to(device, self.dtype)

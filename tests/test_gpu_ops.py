@@ -69,11 +69,74 @@ def test_scan(L, dtype):
     compare(scan('triton'), scan('reference'), scan_inputs(L, dtype), dtype)
 
 
-@pytest.mark.parametrize('reverse', [(True, False), (True, True), (True,)])
-@pytest.mark.parametrize('N', [1, 5, 64])
+@pytest.mark.parametrize(
+    'N, reverse',
+    [
+        (1, (True,)),
+        (5, (True, True)),
+        (20, (True, False)),
+        (64, (False, True)),
+        (64, (True,)),
+    ],
+)
 def test_scan_of_other_directions_and_states(N, reverse):
     inputs = scan_inputs(1023, torch.bfloat16, S=len(reverse), D=75, N=N)
     compare(scan('triton', reverse), scan('reference', reverse), inputs, torch.bfloat16)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('T, D', [(64, 1088), (128, 2048)])
+def test_scan_of_longer_chunks(T, D, dtype):
+    from visionseq_mm.ops.selective_scan.triton import chunk_length
+
+    inputs = scan_inputs(4097, dtype, D=D)
+    assert chunk_length(inputs[0]) == T
+    compare(scan('triton'), scan('reference'), inputs, dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_scan_without_extras(dtype):
+    def bare(backend):
+        return lambda *xs: scan(backend)(*xs, None, None, None)
+
+    u, dt, *rest = scan_inputs(1023, dtype)
+    compare(bare('triton'), bare('reference'), [u, dt - 4, *rest[:3]], dtype)
+
+
+def test_scan_of_views_equals_that_of_copies():
+    """Overlapping windows and a stride of 0, of inputs and of the output's gradient."""
+    u, dt, A, _, C, D, z, dt_bias = scan_inputs(40, torch.bfloat16, N=64)
+    (signal,) = normal((2, 2, 40 + 63), dtype=torch.bfloat16)
+    windows, first, gate = signal.unfold(-1, 64, 1), C[:, :, :1], z[..., :1]
+    views = [u, dt, A, windows, first.expand_as(C), D, gate.expand_as(z), dt_bias]
+    for dout in (u[0, 0, 0, 0], u[0, 0, 0]):
+        results = []
+        for copy in (False, True):
+            inputs = [x.contiguous() if copy else x for x in (*views, dout.expand_as(z))]
+            *inputs, grad = (x.detach().requires_grad_() for x in inputs)
+            out = scan('triton')(*inputs)
+            results.append([out, *torch.autograd.grad(out, inputs, grad)])
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_nan_spreads_along_the_scan(dtype):
+    """To the tokens after it in its channel, and backwards to those before it."""
+    inputs = scan_inputs(1023, dtype)
+    u = inputs[0].clone()
+    u[0, 1, 500, 7] = torch.nan
+    out = scan('triton')(u, *inputs[1:])
+    spoilt = torch.zeros_like(out, dtype=torch.bool)
+    spoilt[1, 500:, 7] = True
+    assert torch.equal(out.isnan(), spoilt)
+
+    u = inputs[0].clone().requires_grad_()
+    dout = torch.ones_like(out)
+    dout[1, 500, 7] = torch.nan
+    (du,) = torch.autograd.grad(scan('triton')(u, *inputs[1:]), u, dout)
+    spoilt = torch.zeros_like(du, dtype=torch.bool)
+    spoilt[0, 1, :501, 7] = spoilt[1, 1, 500:, 7] = True
+    assert torch.equal(du.isnan(), spoilt)
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -95,6 +158,17 @@ def test_conv(L, dtype):
     compare(conv('triton'), conv('reference'), inputs, dtype)
     first, second = (results(conv('triton'), inputs) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize('W, reverse', [(1, (True,)), (2, (True, False)), (3, (True, True))])
+def test_conv_of_other_taps_and_directions(W, reverse):
+    S = len(reverse)
+    inputs = normal((2, 1023, 75), (S, 75, W), (S, 75), dtype=torch.bfloat16)
+
+    def conv(backend):
+        return lambda *xs: conv1d_silu(*xs, reverse, backend=backend)
+
+    compare(conv('triton'), conv('reference'), inputs, torch.bfloat16)
 
 
 def mixer_inputs(L, dtype, device='cuda', B=2, D=96, E=200, R=12, N=16, S=2, W=4):
@@ -126,15 +200,48 @@ def mixer_inputs(L, dtype, device='cuda', B=2, D=96, E=200, R=12, N=16, S=2, W=4
 
 @pytest.mark.parametrize('recompute', [True, False])
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('R', [12, 24, 48])
-def test_mixer(R, dtype, recompute):
+@pytest.mark.parametrize('L, R', [(1, 12), (1023, 24), (4097, 48)])
+def test_mixer(L, R, dtype, recompute):
     """Beside the kernels, every tensor between the steps is rounded to the type of the inputs."""
 
     def mixer(backend):
         return lambda *xs: vim_mixer(*xs, recompute=recompute, backend=backend)
 
-    inputs = mixer_inputs(1023, dtype, R=R)
+    inputs = mixer_inputs(L, dtype, R=R)
     compare(mixer('triton'), mixer('reference'), inputs, dtype, slack=3)
+
+
+def mixer_step(inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = vim_mixer(*inputs, backend='triton')
+    return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+
+def test_mixer_in_a_cuda_graph():
+    """Nothing in it waits for the device or depends on the stream."""
+    inputs = mixer_inputs(1023, torch.bfloat16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = mixer_step(inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = mixer_step(inputs)
+    graph.replay()
+    for x, y in zip(actual, expected, strict=True):
+        assert (x - y).norm() <= 1e-2 * y.norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_device_that_is_not_the_current_one():
+    inputs = mixer_inputs(1023, torch.bfloat16, device='cuda:1')
+    with torch.cuda.device(1):
+        expected = mixer_step(inputs)
+    assert torch.cuda.current_device() == 0
+    for x, y in zip(mixer_step(inputs), expected, strict=True):
+        assert x.device == y.device
+        assert torch.equal(x, y)
 
 
 def test_more_elements_than_32_bits_count():

@@ -47,7 +47,8 @@ def test_functions(dtype, ratio):
 
 
 def test_ends_and_nan():
-    x = np.array([-1e30, -3e4, -500, 500, 3e4, 1e30, np.nan, -np.nan] + [0] * 8, np.float32)
+    x = np.array([-1e30, -3e4, -500, 500, 3e4, 1e30, np.nan, np.nan] + [0] * 8, np.float32)
+    x.view(np.uint32)[7] = 0xFFFFFFFF  # a NaN whose every bit is set
     exp2, sigmoid, softplus = (np.empty_like(x) for _ in range(3))
     _functions(x, exp2, sigmoid, softplus)
     assert (exp2[:3] < 1e-37).all()
@@ -72,7 +73,6 @@ def test_lane_sums(dtype):
 @pytest.mark.parametrize(('dtype', 'ratio'), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize('count', [1, 2, 5])
 def test_equals_the_reference_on_any_number_of_threads(dtype, ratio, count):
-    """Bitwise the same on one and on many."""
     inputs = [x.to(dtype) for x in mixer_inputs(200, D=48, N=16, R=3)]
     one = run(lambda *xs: vim_mixer(*xs, backend='cpu'), inputs)
     torch.set_num_threads(count)
@@ -106,6 +106,66 @@ def test_tasks_are_shared_out_once(openmp, monkeypatch):
         threads.run(lambda first, last: 1 // (first - 2), 3)
 
 
+GENERIC = """
+import numpy as np, torch
+from visionseq_mm.ops import dispatch, simd, vim_mixer
+
+torch.manual_seed(0)
+shapes = [(1, 70, 8), (32, 8), (2, 16, 4), (2, 16), (2, 7, 16), (2, 16, 1), (2, 16)]
+inputs = [torch.randn(s) for s in shapes] + [-torch.rand(2, 16, 3), torch.randn(2, 16)]
+inputs = [x.requires_grad_() for x in inputs + [torch.randn(8, 16)]]
+results = []
+for backend in ('cpu', 'reference'):
+    out = vim_mixer(*inputs, backend=backend)
+    results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+@simd.jit
+def exp2(x):
+    simd.store(x, (0,), simd.exp2(simd.load(x, (0,))))
+
+x = np.array([0xFFFFFFFF, 0x7FC00001] + [0] * 14, np.uint32).view(np.float32)
+exp2(x)
+assert np.isnan(x[:2]).all() and (x[2:] == 1).all(), x
+print(simd.AVX512)
+"""
+
+
+def test_without_avx512(tmp_path):
+    """As on another processor, whose exponentials scale by adding to the exponent."""
+    environment = dict(NUMBA_CPU_NAME='generic', NUMBA_CACHE_DIR=str(tmp_path))
+    done = run_python(GENERIC, **environment)
+    assert done.stdout.split() == ['False'], done.stderr
+
+
+def test_a_numba_that_does_not_import(tmp_path):
+    """The reference serves, and who asks for Numba is told why not."""
+    (tmp_path / 'numba.py').write_text("raise ImportError('Numba needs NumPy 2.3 or less')")
+    code = """
+import torch
+from visionseq_mm.ops import selective_scan
+x, A, B = torch.randn(1, 9, 4), -torch.rand(4, 2), torch.randn(1, 9, 2)
+selective_scan(x, x, A, B, B)
+try:
+    selective_scan(x, x, A, B, B, backend='cpu')
+except ValueError as error:
+    print(error)
+"""
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get('PYTHONPATH')])])
+    done = run_python(code, PYTHONPATH=path)
+    assert 'does not import: Numba needs NumPy 2.3 or less' in done.stdout, done.stderr
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, **environment},
+    )
+
+
 FORKED = """
 import os, torch
 from visionseq_mm.ops import selective_scan
@@ -125,7 +185,5 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_forked_worker():
     """A worker that was forked after the threads were started has to start its own."""
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', FORKED], capture_output=True, text=True, timeout=120
-    )
+    done = run_python(FORKED)
     assert done.stdout.split() == ['0'], done.stderr

@@ -14,6 +14,7 @@ from ops_twins import (
     flipped,
     run,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 
@@ -230,3 +231,46 @@ def test_nan_stays_nan(case):
         token = inputs[n].select(x.shape.index(30), 11)
         token[..., -1] = torch.nan
         assert case.op(*inputs).isnan().any(), f'input {n}'
+
+
+@all_ops
+def test_results_lie_as_promised(case):
+    """Contiguous, as the fake kernels say and compiled code relies on."""
+    inputs = [x.mT.contiguous().mT if x.dim() > 1 else x for x in case.inputs(33)]
+    assert case.op(*inputs).is_contiguous()
+    name = case.registered
+    with Contiguous() as mode:
+        run(case.op, inputs)
+    assert {f'visionseq_mm.{name}', f'visionseq_mm.{name}_backward'} <= mode.seen
+
+
+class Contiguous(TorchDispatchMode):
+    """Checks every result of the package's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == 'visionseq_mm':
+            self.seen.add(f'visionseq_mm.{func._schema.name.split("::")[1]}')
+            for x in torch.utils._pytree.tree_leaves(out):
+                assert x.is_contiguous(), f'{func}: {tuple(x.shape)}, strides {x.stride()}'
+        return out
+
+
+@all_ops
+def test_on_meta(case):
+    inputs = [x.to('meta') for x in case.inputs(9)]
+    out = case.op(*inputs, backend='reference')
+    assert out.is_meta
+    assert out.shape == case.op(*case.inputs(9)).shape
+
+
+@all_ops
+def test_forward_mode_is_refused(case):
+    """torch would drop the tangents and go on."""
+    inputs = tuple(case.inputs(9))
+    with pytest.raises(NotImplementedError, match='carries a tangent'):
+        torch.func.jvp(case.op, inputs, inputs)

@@ -132,6 +132,12 @@ OTHERS = {  # kernel, constants, options, registers
         dict(num_warps=1),
         200,
     ),
+    'softplus': (
+        scan._softplus_kernel,
+        dict(TOKENS=scan.SHORTEST, CHANNELS=scan.CHANNELS),
+        {},
+        128,
+    ),
     'conv': (conv._forward_kernel, FULL_CONV, {}, 128),
     'conv-backward': (
         conv._backward_kernel,
@@ -155,6 +161,13 @@ def test_other_kernels(name, dtype, tmp_path):
     _, registers, stack = disassemble(build(kernel, dtype, constants, **options), tmp_path)
     assert stack == 0
     assert dtype == 'fp32' or registers <= most_registers
+
+
+@pytest.mark.parametrize('dtype, tokens', [('bf16', mixer.TOKENS), ('fp32', mixer.TOKENS // 2)])
+def test_steps_of_a_wide_model(dtype, tokens, tmp_path):
+    constants = dict(R=48, BLOCK_R=64, TOKENS=tokens, CHANNELS=mixer.CHANNELS)
+    compiled = build(mixer._delta_kernel, dtype, constants)
+    assert disassemble(compiled, tmp_path)[2] == 0
 
 
 @pytest.mark.parametrize('name', [*SCANS, *OTHERS])

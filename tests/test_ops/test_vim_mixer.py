@@ -120,7 +120,7 @@ def test_autocast(backend, dtype):
 def test_bad_shapes(n, name):
     inputs = mixer_inputs(7)
     inputs[n] = torch.cat([inputs[n], inputs[n]], -1)
-    with pytest.raises(ValueError, match=r'vim_mixer: .* must be .*got shape'):
+    with pytest.raises(ValueError, match=r'vim_mixer: .* must .*got shape'):
         vim_mixer(*inputs)
 
 
@@ -140,3 +140,33 @@ def test_bad_inputs():
     bad[9] = bad[9].to('meta')
     with pytest.raises(ValueError, match=r'is on .*, the other inputs on'):
         vim_mixer(*bad)
+    with pytest.raises(ValueError, match='reverse=True must have a value for each of the 2'):
+        vim_mixer(*inputs, reverse=True)
+    bad = list(inputs)
+    bad[8] = bad[8][:, :-1]
+    with pytest.raises(ValueError, match=r'vim_mixer: D must be \(S, E\)'):
+        vim_mixer(*bad)
+
+
+@every_backend
+def test_a_trace_without_gradients_trains(backend):
+    """It has no states to start the backward from, and computes them again."""
+    inputs = [x.float() for x in mixer_inputs(70)]
+
+    def op(*xs):
+        return vim_mixer(*xs, backend=backend)
+
+    traced = torch.jit.trace(op, tuple(x.requires_grad_() for x in inputs))
+    with torch.no_grad():
+        silent = torch.jit.trace(op, tuple(inputs))
+    expected = run(op, inputs)
+    for other in (traced, silent):
+        torch.testing.assert_close(run(other, inputs), expected, rtol=0, atol=0)
+
+
+def test_hidden_values_of_A_become_nan():
+    """Where nobody can look at them, as in compiled code, they are no plausible number."""
+    inputs = [x.float() for x in mixer_inputs(30)]
+    inputs[7][0, 3, 1] = -torch.inf
+    compiled = torch.compile(vim_mixer, fullgraph=True, backend='aot_eager')
+    assert compiled(*inputs).isnan().any()

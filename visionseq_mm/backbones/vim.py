@@ -31,7 +31,8 @@ class VimMixer(nn.Module):
         y = selective_scan(u, softplus(dt_proj(dt) + bias), -exp(A_log), B, C, D)
 
     and the result is out_proj(mean of y over the directions * SiLU(z)). The layers hold the
-    weights; :func:`visionseq_mm.ops.vim_mixer` computes all of it in one operation.
+    weights; :func:`visionseq_mm.ops.vim_mixer` computes all of it in one operation, so that the
+    layers' own forward and hooks on it do not run.
 
     Args:
         embed_dims (int): D.
@@ -167,11 +168,13 @@ class Vim(PlainBackbone):
         bidirectional (str): How blocks see what comes after a token, as the
             paper compares it: 'none', not at all; 'layer', every second block
             reads the flipped sequence; 'ssm', a second scan in each block,
-            with an A of its own; 'ssm_conv', with convolution and projections
-            of its own too (the released models).
+            with an A of its own (what the two share is computed for each);
+            'ssm_conv', with convolution and projections of its own too (the
+            released models).
         recompute (str): What a mixer computes again in the backward pass:
             'kernel', all but its input and a few states of the scan; 'none',
-            the states alone. ``with_cp`` takes its place.
+            only what is cheap: x, z, u, low, B, C and y are kept. ``with_cp``
+            takes its place.
         out_indices (int | Sequence[int] | None): Blocks to return. None: the
             ends of the four quarters, (5, 11, 17, 23) for 24 blocks.
         out_type (str): 'featmap', a tuple of (B, D, h, w) maps, or 'cls', a

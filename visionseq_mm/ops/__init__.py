@@ -1,4 +1,4 @@
-"""Sequence mixers on channels-last tensors; plain PyTorch, of nothing else in this package."""
+"""Sequence mixers on channels-last tensors; they know nothing of the rest of this package."""
 
 from visionseq_mm.ops.cluster_attention import cluster_attention, sec_attention, sec_partition
 from visionseq_mm.ops.conv1d_silu import conv1d_silu

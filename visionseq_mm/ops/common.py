@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.forward_ad import unpack_dual
 
 
 def check_inputs(op: str, **inputs: tuple[Tensor | None, str]) -> dict[str, int]:
@@ -15,6 +16,7 @@ def check_inputs(op: str, **inputs: tuple[Tensor | None, str]) -> dict[str, int]
 
     Raises:
         ValueError: a shape, a type other than floating point, or a second device.
+        NotImplementedError: a tensor of forward-mode differentiation, which would be lost.
     """
     sizes: dict[str, int] = {}
     device = None
@@ -35,6 +37,11 @@ def check_inputs(op: str, **inputs: tuple[Tensor | None, str]) -> dict[str, int]
                 raise ValueError(f'{op}: {name} is empty along {dim}, shape {tuple(x.shape)}')
         if not x.is_floating_point():
             raise ValueError(f'{op}: {name} must have a floating point dtype, got {x.dtype}')
+        if not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f'{op}: {name} carries a tangent, and the op has no forward-mode derivative; '
+                'use backward-mode (torch.autograd.grad, torch.func.vjp)'
+            )
         device = device or x.device
         if x.device != device:
             raise ValueError(f'{op}: {name} is on {x.device}, the other inputs on {device}')
@@ -58,27 +65,31 @@ def check_dtypes(op: str, tensors: dict[str, Tensor | None], parameters: dict[st
             )
 
 
-def check_finite(op: str, **inputs: Tensor):
-    """Checks small tensors for NaN and infinity; waits for a GPU.
+def finite_or_nan(op: str, name: str, x: Tensor, wait: bool) -> Tensor:
+    """A small tensor that is known to be finite, or whose NaN and infinities are all NaN.
 
-    Not where there are no values to look at: while torch compiles, exports or captures.
+    The latter where its values cannot be seen, while torch compiles, exports or captures, or
+    shall not, since that waits for a GPU.
+
+    Args:
+        wait: Whether to look at a tensor on a GPU.
 
     Raises:
         ValueError: a value that is not finite, with its place.
     """
-    if torch.compiler.is_compiling():
-        return
-    for name, x in inputs.items():
-        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if captured or x.is_meta or isinstance(x, FakeTensor):
-            continue
-        finite = x.isfinite()
-        if not finite.all():
-            place = tuple((~finite).nonzero()[0].tolist())
-            raise ValueError(
-                f'{op}: {name} must be finite, got {x[place].item()} at {place} and '
-                f'{(~finite).sum().item()} such values in all'
-            )
+    seen = not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+    if x.device.type != 'cpu':
+        seen = seen and wait and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    finite = x.isfinite()
+    if not seen:
+        return torch.where(finite, x, torch.nan)
+    if not finite.all():
+        place = tuple((~finite).nonzero()[0].tolist())
+        raise ValueError(
+            f'{op}: {name} must be finite, got {x[place].item()} at {place} and '
+            f'{(~finite).sum().item()} such values in all'
+        )
+    return x
 
 
 def widest_dtype(*tensors: Tensor | None) -> torch.dtype:

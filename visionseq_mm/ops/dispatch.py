@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -16,9 +17,21 @@ def _reference(x: Tensor) -> str | None:
     return None
 
 
+@cache
+def _numba() -> str | None:
+    """What is wrong with Numba, or None."""
+    try:
+        import numba
+    except Exception as error:  # it refuses a NumPy that is newer than itself, e.g.
+        return f'needs Numba, which does not import: {error}'
+    return 'needs Numba with its compiler' if numba.config.DISABLE_JIT else None
+
+
 def _cpu(x: Tensor) -> str | None:
     if not INSTALLED['numba']:
         return "needs Numba: pip install 'visionseq_mm[cpu]'"
+    if not torch.compiler.is_compiling() and _numba():
+        return _numba()
     return None if x.device.type == 'cpu' else f'runs on a CPU, and the inputs are on {x.device}'
 
 

@@ -13,19 +13,18 @@ from pathlib import Path
 
 import numba
 import numpy as np
-import torch
-import torch.nn.functional as F
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
-from numba.core import cgutils, types
+from numba.core import cgutils, config, types
+from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import models
 from numba.core.datamodel.registry import register_default
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, overload
 
 BYTES = 64
-#: Whether the processor scales by powers of two itself, whatever the power.
-AVX512 = bool(get_host_cpu_features().get('avx512f'))
+_FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+#: Whether what Numba compiles for scales by powers of two itself, whatever the power.
+AVX512 = '+avx512f' in _FEATURES.split(',')
 
 
 def jit(function):
@@ -40,37 +39,6 @@ def jit(function):
 
 
 inline = partial(numba.njit, forceinline=True, error_model='numpy')
-
-
-class Channels:
-    """Tensors as arrays of one dtype, the channels in their last dimension in whole vectors."""
-
-    def __init__(self, count: int, dtype: torch.dtype):
-        self.count = count
-        self.dtype = dtype
-        self.lanes = BYTES // dtype.itemsize
-        self.width = -(-count // self.lanes) * self.lanes
-
-    def array(self, x: torch.Tensor | None) -> np.ndarray | None:
-        """Padded with zeros where need be; else the tensor's memory, where its dtype allows."""
-        if x is None or self.width == self.count:
-            return self.plain(x)
-        return self.plain(F.pad(x, (0, self.width - self.count)))
-
-    def plain(self, x: torch.Tensor | None) -> np.ndarray | None:
-        """Of a tensor without channels."""
-        if x is None:
-            return None
-        x = x.detach().to(self.dtype)
-        return (x if x.stride(-1) == 1 else x.contiguous()).numpy()
-
-    def new(self, *shape: int) -> torch.Tensor:
-        """Empty, with channels behind the dimensions of `shape`."""
-        return torch.empty((*shape, self.width), dtype=self.dtype)
-
-    def cut(self, x: torch.Tensor) -> torch.Tensor:
-        """Without what was padded."""
-        return x[..., : self.count]
 
 
 # ------------------------------------------------------------------- the type
@@ -396,7 +364,9 @@ def _scale(typing, x, scales):
         integers = ir.VectorType(ir.IntType(x.dtype.bitwidth), x.lanes)
         bits, n = (builder.bitcast(v, integers) for v in args)
         shift = ir.Constant(integers, [_mantissa(x)] * x.lanes)
-        return builder.bitcast(builder.add(bits, builder.shl(n, shift)), x_.type)
+        scaled = builder.bitcast(builder.add(bits, builder.shl(n, shift)), x_.type)
+        # A NaN has an exponent too.
+        return builder.select(builder.fcmp_unordered('uno', x_, x_), x_, scaled)
 
     return x(x, scales), generate
 

@@ -59,8 +59,8 @@ def _run_on_openmp(kernel, tasks, threads, args):
     errors = []
 
     def body(_):
-        i, count = _openmp.omp_get_thread_num(), _openmp.omp_get_num_threads()
         try:
+            i, count = _openmp.omp_get_thread_num(), _openmp.omp_get_num_threads()
             kernel(tasks * i // count, tasks * (i + 1) // count, *args)
         except BaseException as error:  # must not pass through the runtime
             errors.append(error)

@@ -125,7 +125,7 @@ def _check(op: str, num_clusters: int, valid: Tensor | None, **inputs) -> dict[s
 @torch.library.custom_op('visionseq_mm::sec_partition', mutates_args=())
 def _partition(k: Tensor, num_clusters: int, valid: Tensor | None, backend: str) -> Tensor:
     with torch.autocast(k.device.type, enabled=False):
-        return BACKENDS[backend].partition(k, num_clusters, valid)
+        return BACKENDS[backend].partition(k, num_clusters, valid).contiguous()
 
 
 @_partition.register_fake

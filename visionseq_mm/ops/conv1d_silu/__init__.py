@@ -60,10 +60,10 @@ def check_directions(op: str, name: str, x: Tensor, **flags: Sequence[bool]):
     if len(x) > 2:
         raise ValueError(f'{op}: {name} has {len(x)} directions, there are at most 2')
     for flag, values in flags.items():
-        if len(values) != len(x):
+        if not isinstance(values, list | tuple) or len(values) != len(x):
             raise ValueError(
-                f'{op}: {flag}={tuple(values)} must have a value for each of the {len(x)} '
-                f'directions of {name}'
+                f'{op}: {flag}={values!r} must have a value for each of the {len(x)} directions '
+                f'of {name}'
             )
 
 

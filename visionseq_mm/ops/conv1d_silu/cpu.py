@@ -3,8 +3,9 @@
 import numpy as np
 
 from visionseq_mm.ops import threads
+from visionseq_mm.ops.channels import Channels
 from visionseq_mm.ops.common import widest_dtype
-from visionseq_mm.ops.simd import BYTES, Channels, fma, inline, jit, load, sigmoid, splat, store
+from visionseq_mm.ops.simd import BYTES, fma, inline, jit, load, sigmoid, splat, store
 
 ROWS = 32  # tokens of a task
 

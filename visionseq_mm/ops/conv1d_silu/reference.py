@@ -35,7 +35,7 @@ def forward(x, weight, bias, reverse):
 def backward(du, x, weight, bias, reverse, dx):
     """Writes the gradient of x (B, L, D), and returns those of weight and bias."""
     dtype = widest_dtype(x, weight)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    dweight, dbias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     wide, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     total = torch.zeros_like(wide)
     for s, backwards in enumerate(reverse):

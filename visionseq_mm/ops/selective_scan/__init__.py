@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionseq_mm.ops.common import check_dtypes, check_finite, check_inputs
+from visionseq_mm.ops.common import check_dtypes, check_inputs, finite_or_nan
 from visionseq_mm.ops.dispatch import Backends
 
 BACKENDS = Backends('selective_scan', __name__, 'triton', 'cpu', 'reference')
@@ -60,13 +60,14 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not fit, an empty sequence, a dtype that is not floating
             point or differs, inputs on several devices, an A that is not finite (on a GPU,
-            looking at it waits for the device), an unknown or unsuitable backend.
+            looking at it waits for the device; while torch compiles it makes the output NaN),
+            an unknown or unsuitable backend.
     """
     shapes = dict(u='B L D', dt='B L D', A='D N', B='B L N', C='B L N', D='D', dt_bias='D')
     inputs = dict(u=u, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)
     backend = _check('selective_scan', shapes, inputs, z, backend)
     u, dt, A, B, C, D, dt_bias = (None if x is None else x[None] for x in inputs.values())
-    return _forward(u, dt, A, B, C, D, z, dt_bias, [reverse], backend)[0]
+    return _forward(u, dt, A, B, C, D, z, dt_bias, [bool(reverse)], backend)[0]
 
 
 def bidirectional_scan(
@@ -103,17 +104,21 @@ def bidirectional_scan(
     backend = _check('bidirectional_scan', shapes, inputs, z, backend)
     if len(u) != 2:
         raise ValueError(f'bidirectional_scan: u must be (2, B, L, D), got shape {tuple(u.shape)}')
+    A = inputs['A']
     return _forward(u, dt, A, B, C, D, z, dt_bias, [False, True], backend)[0]
 
 
 def _check(op, shapes, inputs, z, backend):
-    """Name of the implementation to run, where nothing is wrong with the inputs."""
+    """Name of the implementation to run, where nothing is wrong with the inputs.
+
+    Where A cannot be seen, what is not finite in it becomes NaN.
+    """
     checked = {name: (x, shapes[name]) for name, x in inputs.items()}
     check_inputs(op, **checked, z=(z, 'B L D'))
     parameters = {name: inputs[name] for name in ('A', 'D', 'dt_bias')}
     sequences = {name: x for name, x in inputs.items() if name not in parameters}
     check_dtypes(op, {**sequences, 'z': z}, parameters)
-    check_finite(op, A=inputs['A'])
+    inputs['A'] = finite_or_nan(op, 'A', inputs['A'], wait=True)
     return BACKENDS.select(backend, inputs['u'], **scan_limits(inputs['A']))
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from visionseq_mm.ops import threads
+from visionseq_mm.ops.channels import Channels
 from visionseq_mm.ops.common import widest_dtype
 from visionseq_mm.ops.simd import (
     BYTES,
-    Channels,
     broadcast,
     exp2,
     fma,

@@ -58,10 +58,6 @@ FULL = 4 * 132 * 4  # programs, of one warp, that keep the schedulers of a large
 AHEAD = 16  # chunks whose states are under way while the carry passes one after the other
 
 
-def supports(u: Tensor, A: Tensor) -> bool:
-    return u.dtype in (torch.float32, torch.bfloat16, torch.float16) and A.shape[-1] <= 64
-
-
 def chunk_length(u: Tensor) -> int:
     """Long chunks spare memory, short ones give every processor something to do."""
     _, B, L, D = u.shape
@@ -519,7 +515,7 @@ class _Scan:
         self.T = chunk_length(u)
         self.u, self.delta = rows(u), rows(delta)
         # Every block of channels reads them; they are small.
-        self.B, self.C = (rows(x).to(torch.float32) for x in (B, C))
+        self.B, self.C = (rows(x.to(torch.float32)) for x in (B, C))
         self.A = (A.to(torch.float32) * LOG2E.value).transpose(1, 2).contiguous()
         skip = None if D is None else D.contiguous()
         self.inputs = self.u, self.delta, self.A, self.B, self.C, skip

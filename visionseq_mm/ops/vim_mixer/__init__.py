@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionseq_mm.ops.common import check_dtypes, check_finite, check_inputs
+from visionseq_mm.ops.common import check_dtypes, check_inputs, finite_or_nan
 from visionseq_mm.ops.conv1d_silu import TAPS, check_directions
 from visionseq_mm.ops.dispatch import Backends
 from visionseq_mm.ops.selective_scan import scan_flops, scan_limits
@@ -66,14 +66,15 @@ def vim_mixer(
     Raises:
         ValueError: shapes that do not fit, more taps or directions, an empty sequence, a dtype
             that is not floating point or differs (A, D and dt_bias may be float32 beside half
-            precision), inputs on several devices, an unknown or unsuitable backend, on a CPU
-            an A that is not finite. On a GPU such an A makes the output NaN: to look at it
-            would wait for the device in every layer.
+            precision), inputs on several devices, an unknown or unsuitable backend, an A that
+            is not finite. On a GPU, where looking would wait for the device in every layer,
+            and while torch compiles, such an A makes the output NaN instead.
     """
     op = 'vim_mixer'
     conv_reverse = reverse if conv_reverse is None else conv_reverse
-    if torch.is_autocast_enabled(tokens.device.type):
-        dtype = torch.get_autocast_dtype(tokens.device.type)
+    device = tokens.device.type
+    if device != 'meta' and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         tokens, in_proj, conv_weight, conv_bias, x_proj, dt_proj, out_proj = (
             x.to(dtype) if x.dtype == torch.float32 else x
             for x in (tokens, in_proj, conv_weight, conv_bias, x_proj, dt_proj, out_proj)
@@ -88,15 +89,19 @@ def vim_mixer(
         dt_proj=(dt_proj, 'S E R'),
         dt_bias=(dt_bias, 'S E'),
         A=(A, 'S E N'),
-        D_=(D, 'S E'),
+        D=(D, 'S E'),
         x_proj=(x_proj, 'S R+2N E'),
     )
-    for name, x, want in (
-        ('in_proj', in_proj, (2 * sizes['E'], sizes['D'])),
-        ('x_proj', x_proj, (len(A), sizes['R'] + 2 * sizes['N'], sizes['E'])),
+    E, R, N = (sizes[letter] for letter in 'ERN')
+    for name, x, letters, dim, size in (
+        ('in_proj', in_proj, '2E', 0, 2 * E),
+        ('x_proj', x_proj, 'R+2N', 1, R + 2 * N),
     ):
-        if x.shape != want:
-            raise ValueError(f'{op}: {name} must be {want}, got shape {tuple(x.shape)}')
+        if x.shape[dim] != size:
+            raise ValueError(
+                f'{op}: {name} must have {letters} = {size} in dimension {dim}, where E = {E}, '
+                f'R = {R} and N = {N}; got shape {tuple(x.shape)}'
+            )
     check_dtypes(
         op,
         dict(
@@ -113,14 +118,13 @@ def vim_mixer(
     if sizes['W'] > TAPS:
         raise ValueError(f'{op}: {sizes["W"]} taps in conv_weight, at most {TAPS} are implemented')
     check_directions(op, 'A', A, reverse=reverse, conv_reverse=conv_reverse)
-    if tokens.device.type == 'cpu':
-        check_finite(op, A=A)
-    else:
-        A = torch.where(A.isfinite(), A, torch.nan)
+    A = finite_or_nan(op, 'A', A, wait=False)
     backend = BACKENDS.select(backend, tokens, **scan_limits(A))
     inputs = tokens, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj
     keep = 'nothing'
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    # A trace of torch.jit would hold the choice for ever, and checks itself without gradients.
+    if trains and not torch.jit.is_tracing():
         keep = 'states' if recompute else 'all'
     return _forward(*inputs, list(reverse), list(conv_reverse), keep, backend)[0]
 
@@ -204,7 +208,7 @@ def _(
     low_BC = u.new_empty((*u.shape[:3], x_proj.shape[1]))
     x, z, y = (torch.empty_like(inner) for _ in range(3))
     kept = dict(nothing=[], states=[states], all=[states, x, z, u, low_BC, y])[keep]
-    return [torch.empty_like(tokens), *kept]
+    return [tokens.new_empty(tokens.shape), *kept]
 
 
 @torch.library.custom_op(
@@ -259,7 +263,7 @@ def _backward(
         )
         dtokens = dxz @ in_proj
         din_proj = _weight_gradient(dxz, tokens)
-    return [
+    grads = (
         dtokens,
         din_proj,
         dconv_weight,
@@ -270,7 +274,8 @@ def _backward(
         dA,
         dD,
         dout_proj,
-    ]
+    )
+    return [x.contiguous() for x in grads]
 
 
 def _weight_gradient(dout, x):
@@ -291,6 +296,9 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grads):
     saved = ctx.saved_tensors  # to be read once: recomputation hands them out a single time
     tensors, kept = saved[:10], list(saved[10:])
+    if not kept:  # a graph that was made without gradients
+        flags = ctx.reverse, ctx.conv_reverse
+        kept = _forward(*tensors, *flags, 'states', ctx.backend)[1:]
     out = _backward(grads[0], *tensors, kept, ctx.reverse, ctx.conv_reverse, ctx.backend)
     return (*out, None, None, None, None)
 

@@ -19,7 +19,7 @@ def scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse, keep):
 def scan_backward(dy, u, low, B, C, dt_proj, dt_bias, A, D, z, states, reverse, dz):
     """Writes the gradient of z; returns the output once more and the other gradients."""
     dt = _steps(low, dt_proj)
-    grads = [torch.empty_like(x) for x in (u, dt, A, B, C, D, dt_bias)]
+    grads = [x.new_empty(x.shape) for x in (u, dt, A, B, C, D, dt_bias)]
     y = reference.differentiate(dy, u, dt, A, B, C, D, z, dt_bias, states, reverse, grads, dz)
     du, ddt, dA, dB, dC, dD, dt_bias = grads
     ddt, low = ddt.flatten(1, 2), low.flatten(1, 2)

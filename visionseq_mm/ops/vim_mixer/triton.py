@@ -10,12 +10,14 @@ import triton.language as tl
 from visionseq_mm.ops.conv1d_silu.triton import backward as conv_silu_backward
 from visionseq_mm.ops.conv1d_silu.triton import forward as conv_silu
 from visionseq_mm.ops.selective_scan import triton as selective_scan
-from visionseq_mm.ops.selective_scan.triton import new_states, supports
+from visionseq_mm.ops.selective_scan.triton import new_states
 from visionseq_mm.ops.triton_common import dense_row, load, row, rows, softplus, store
 
-__all__ = ['conv_silu', 'conv_silu_backward', 'new_states', 'scan', 'scan_backward', 'supports']
+__all__ = ['conv_silu', 'conv_silu_backward', 'new_states', 'scan', 'scan_backward']
 
-TOKENS = 64  # with the channels, a tile that the tensor cores of a warp group fill
+# With the channels, a tile that the tensor cores of a warp group fill. Float32 does without them,
+# and takes half, for its registers.
+TOKENS = 64
 CHANNELS = 128
 
 
@@ -63,7 +65,8 @@ def _delta(low, dt_proj, dt_bias):
     D, R = dt_proj.shape[1:]
     delta = low.new_empty((S, batch, L, D))
     low = rows(low)
-    grid = triton.cdiv(D, CHANNELS), triton.cdiv(L, TOKENS), S * batch
+    tokens = TOKENS // 2 if low.dtype == torch.float32 else TOKENS
+    grid = triton.cdiv(D, CHANNELS), triton.cdiv(L, tokens), S * batch
     with torch.cuda.device_of(low):
         _delta_kernel[grid](
             low,
@@ -76,7 +79,7 @@ def _delta(low, dt_proj, dt_bias):
             batch,
             R=R,
             BLOCK_R=max(16, triton.next_power_of_2(R)),
-            TOKENS=TOKENS,
+            TOKENS=tokens,
             CHANNELS=CHANNELS,
         )
     return delta
