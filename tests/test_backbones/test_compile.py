@@ -1,5 +1,6 @@
 """torch.compile takes a backbone as one graph, and torch.export as one program."""
 
+import shutil
 import subprocess
 import sys
 
@@ -55,6 +56,16 @@ def assert_same_training_step(model, compiled_model, x):
         torch.testing.assert_close(
             parameter.grad, expected[name], atol=1e-5 * largest, rtol=1e-4, msg=name
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler, for Inductor')
+@pytest.mark.parametrize('backend', ['reference', 'cpu'])
+def test_default_backend_trains_vim(backend, monkeypatch):
+    """Inductor relies on the strides that the fake kernels promise."""
+    monkeypatch.setenv('VISIONSEQ_BACKEND', backend)
+    model = small('vim')
+    assert_same_training_step(model, torch.compile(model, fullgraph=True), image(64, 64))
 
 
 @pytest.mark.parametrize('with_cp', [False, True])

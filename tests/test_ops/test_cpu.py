@@ -112,7 +112,7 @@ from visionseq_mm.ops import dispatch, simd, vim_mixer
 
 torch.manual_seed(0)
 shapes = [(1, 70, 8), (32, 8), (2, 16, 4), (2, 16), (2, 7, 16), (2, 16, 1), (2, 16)]
-inputs = [torch.randn(s) for s in shapes] + [-torch.rand(2, 16, 3), torch.randn(2, 16)]
+inputs = [0.3 * torch.randn(s) for s in shapes] + [-torch.rand(2, 16, 3), torch.randn(2, 16)]
 inputs = [x.requires_grad_() for x in inputs + [torch.randn(8, 16)]]
 results = []
 for backend in ('cpu', 'reference'):
