@@ -52,15 +52,6 @@ def kept(call: Callable[[], object], weights: Iterable[Tensor]) -> float:
     return sum(size for pointer, size in saved.items() if pointer not in own) / MIB
 
 
-def cuda_held(call: Callable[[], tuple[Tensor, ...]], device: torch.device) -> float:
-    """MiB still allocated when `call` has returned, its results aside."""
-    before = torch.cuda.memory_allocated(device)
-    out = call()
-    torch.cuda.synchronize(device)
-    own = sum(x.untyped_storage().nbytes() for x in out)
-    return (torch.cuda.memory_allocated(device) - before - own) / MIB
-
-
 # --------------------------------------------------------------------- processes
 
 

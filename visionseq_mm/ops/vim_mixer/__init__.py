@@ -186,22 +186,8 @@ def _split(low_BC, dt_proj, A):
 
 
 @_forward.register_fake
-def _(
-    tokens,
-    in_proj,
-    conv_weight,
-    conv_bias,
-    x_proj,
-    dt_proj,
-    dt_bias,
-    A,
-    D,
-    out_proj,
-    reverse,
-    conv_reverse,
-    keep,
-    backend,
-):
+def _(*inputs):
+    tokens, _, _, _, x_proj, _, _, A, _, out_proj, reverse, _, keep, backend = inputs
     inner = tokens.new_empty((*tokens.shape[:2], out_proj.shape[1]))
     u = inner.new_empty((len(reverse), *inner.shape))
     states = BACKENDS[backend].new_states(u, A)
