@@ -176,44 +176,80 @@ def mlstm_cell_twin(cell, q, k, v):
     return torch.cat(heads, -1)
 
 
-def vil_layer_twin(layer, tokens, hw):
-    """From the top left; the other direction is this one of the flipped tokens."""
-    x, z = affine(tokens, layer.proj_up).chunk(2, -1)
-    if layer.conv.weight.ndim == 3:
-        c = F.silu(causal_conv_twin(x, layer.conv))
+def vil_paths(traversal, index, hw):
+    """Numbers of the tokens in the order in which each direction of layer ``index`` reads them.
+
+    With the grid on which that sequence stands row by row.
+    """
+    h, w = hw
+    rows = [r * w + c for r in range(h) for c in range(w)]
+    columns = [r * w + c for c in range(w) for r in range(h)]
+    every = [(rows, (h, w)), (rows[::-1], (h, w)), (columns, (w, h)), (columns[::-1], (w, h))]
+    return {
+        'forward': every[:1],
+        'alternating': [every[index % 2]],
+        'alternating_quad': [every[index % 4]],
+        'bidirectional': every[:2],
+        'quad': every,
+    }[traversal.removesuffix('_shared')]
+
+
+def vil_direction_twin(m, x, z, hw):
+    """The gated output of one direction, which reads its tokens from the first to the last."""
+    if m.conv.weight.ndim == 3:
+        c = F.silu(causal_conv_twin(x, m.conv))
     else:
-        c = F.silu(grid_conv_twin(x, layer.conv, hw))
-    q, k, v = (
-        headwise_twin(a, p) for a, p in ((c, layer.q_proj), (c, layer.k_proj), (x, layer.v_proj))
-    )
-    h = mlstm_cell_twin(layer.mlstm_cell, q, k, v)
-    return affine((h + layer.learnable_skip * c) * F.silu(z), layer.proj_down)
+        c = F.silu(grid_conv_twin(x, m.conv, hw))
+    q, k, v = (headwise_twin(a, p) for a, p in ((c, m.q_proj), (c, m.k_proj), (x, m.v_proj)))
+    return (mlstm_cell_twin(m.mlstm_cell, q, k, v) + m.learnable_skip * c) * F.silu(z)
 
 
-def vil_twin(model, image, version, stride=16):
+def vil_layer_twin(layer, tokens, paths, shared):
+    """One direction after the other, each of tokens that were put in its order."""
+    x, z = affine(tokens, layer.proj_up).chunk(2, -1)
+    weights = [layer] * len(paths) if shared else [layer, *layer.other_directions]
+    y = 0
+    for m, (order, hw) in zip(weights, paths, strict=True):
+        gated = vil_direction_twin(m, x[:, order], z[:, order], hw)
+        back = [order.index(t) for t in range(len(order))]
+        y = y + gated[:, back]
+    return affine(y, layer.proj_down)
+
+
+def vil_twin(model, image, version, stride=16, traversal='alternating', pooling=None):
     """Maps after all blocks (pairs), and the vector before the head where there is one."""
     tokens = stem_twin(model, image, stride)
     hw = tokens.shape[1:3]
     tokens = tokens.flatten(1, 2)
+    if pooling == 'middle_cls':
+        half = math.ceil(tokens.shape[1] / 2)
+        sequence = list(tokens.unbind(1))
+        sequence.insert(half, model.cls_token[:, 0].expand(len(image), -1))
+        tokens, hw = torch.stack(sequence, 1), (1, len(sequence))
+    if version == 1:
+        layers = list(model.blocks)
+    else:
+        pairs = [(p.rowwise_from_top_left, p.rowwise_from_bot_right) for p in model.blocks]
+        layers = [layer for pair in pairs for layer in pair]
     maps = []
-    for i, block in enumerate(model.blocks):
-        if version == 1:
-            single = [(block, i % 2)]
-        else:
-            single = [(block.rowwise_from_top_left, 0), (block.rowwise_from_bot_right, 1)]
-        for part, reverse in single:
-            x = layer_norm(tokens, 1 + part.norm.weight, part.norm.bias, 1e-5)
-            if reverse:
-                tokens = tokens + vil_layer_twin(part.layer, x.flip(1), hw).flip(1)
-            else:
-                tokens = tokens + vil_layer_twin(part.layer, x, hw)
-        maps.append(map_twin(tokens, hw))
+    for i, block in enumerate(layers):
+        x = layer_norm(tokens, 1 + block.norm.weight, block.norm.bias, 1e-5)
+        paths = vil_paths(traversal, i, hw)
+        tokens = tokens + vil_layer_twin(block.layer, x, paths, traversal.endswith('_shared'))
+        if version == 1 or i % 2:
+            maps.append(map_twin(tokens, hw))
     if not hasattr(model, 'pool_norm'):
         return maps, None
     final, pool = model.final_norm, model.pool_norm
     y = layer_norm(tokens, 1 + final.weight, final.bias, 1e-5 if version == 1 else 1e-6)
-    ends = y[:, 0], y[:, -1]
-    vector = (ends[0] + ends[1]) / 2 if version == 1 else torch.cat(ends, -1)
+    L = y.shape[1]
+    vector = {
+        'bilateral_avg': (y[:, 0] + y[:, L - 1]) / 2,
+        'bilateral_concat': torch.cat([y[:, 0], y[:, L - 1]], -1),
+        'avg': sum(y.unbind(1)) / L,
+        'middle_patch': y[:, L // 2],
+        'middle_cls': y[:, math.ceil((L - 1) / 2)],
+    }[pooling or ('bilateral_avg' if version == 1 else 'bilateral_concat')]
     return maps, layer_norm(vector, pool.weight, pool.bias, 1e-6 if version == 1 else 1e-5)
 
 

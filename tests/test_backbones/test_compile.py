@@ -116,7 +116,7 @@ def assert_exported(program, op, x, expected):
     torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=0)
 
 
-OPS = dict(vim='vim_mixer', vil1='mlstm', vil2='mlstm', secvit='sec_attention')
+OPS = dict(vim='vim_mixer', vil1='vil_mixer', vil2='vil_mixer', secvit='sec_attention')
 
 
 def test_export(tmp_path):

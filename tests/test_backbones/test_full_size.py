@@ -76,9 +76,9 @@ def test_forward_and_backward(name, capsys):
     """Memory is linear in the tokens, and much less with recomputation."""
     with capsys.disabled():
         levels = [dict(), dict(with_cp=True)]
-        if name == 'Vim':
+        if name != 'SecViT':
             levels.insert(0, dict(recompute='none'))
         added = [step(name, **level) for level in levels]
     assert added[0] < BUDGET
     for more, less in pairwise(added):
-        assert less < 0.6 * more
+        assert less < 0.8 * more

@@ -17,12 +17,14 @@ from visionseq_mm.ops import (
     sec_attention,
     sec_partition,
     selective_scan,
+    vil_mixer,
     vim_mixer,
 )
 from visionseq_mm.ops.cluster_attention import reference as cluster_reference
 from visionseq_mm.ops.dispatch import INSTALLED
 from visionseq_mm.ops.mlstm import reference as mlstm_reference
 from visionseq_mm.ops.selective_scan import reference as scan_reference
+from visionseq_mm.ops.vil_mixer import Weights
 
 SIZES = (1, 7, 63, 64, 65, 200)
 
@@ -120,6 +122,66 @@ def mlstm_twin(q, k, v, i, f, eps=1e-6):
     return ((C @ v) / (n + eps)).transpose(1, 2)
 
 
+def layer_twin(
+    tokens,
+    proj_up,
+    proj_up_bias,
+    conv_weight,
+    conv_bias,
+    qkv,
+    qkv_bias,
+    gates,
+    gates_bias,
+    norm_weight,
+    norm_bias,
+    skip,
+    proj_down,
+    proj_down_bias,
+    reverse=(True, False),
+    columns=(False, True),
+):
+    """One part after the other, in the order of the equations; other directions by moving tokens.
+
+    Tokens are those of `token_grid`.
+    """
+    grid = token_grid(tokens.shape[1])
+
+    def one(s, x, z, grid):
+        B, L, E = x.shape
+        H = gates_bias.shape[1] // 2
+        if conv_weight.dim() == 3:
+            taps = range(conv_weight.shape[2])
+            padded = F.pad(x, (0, 0, len(taps) - 1, 0))
+            c = sum(padded[:, n : n + L] * conv_weight[s, :, n] for n in taps)
+        else:
+            taps = range(conv_weight.shape[2])
+            padded = F.pad(x.unflatten(1, grid), (0, 0, *[len(taps) // 2] * 4))
+            c = sum(
+                padded[:, n : n + grid[0], m : m + grid[1]] * conv_weight[s, :, n, m]
+                for n in taps
+                for m in taps
+            ).flatten(1, 2)
+        c = F.silu(c + conv_bias[s])
+        parts = [
+            (torch.block_diag(*weight) @ of.mT).mT + bias
+            for of, weight, bias in zip((c, c, x), qkv[s], qkv_bias[s], strict=True)
+        ]
+        i, f = (torch.cat(parts, -1) @ gates[s].mT + gates_bias[s]).chunk(2, -1)
+        h = mlstm_twin(*(part.unflatten(2, (H, -1)) for part in parts), i, f)
+        h = F.layer_norm(h, h.shape[-1:], eps=1e-5).flatten(2)
+        return (h * norm_weight[s] + norm_bias[s] + skip[s] * c) * F.silu(z)
+
+    x, z = (tokens @ proj_up.mT + proj_up_bias).chunk(2, -1)
+    total = torch.zeros_like(x)
+    for s, (backwards, turned) in enumerate(zip(reverse, columns, strict=True)):
+        order = torch.arange(x.shape[1]).view(grid)
+        order = (order.T if turned else order).flatten()
+        order = order.flip(0) if backwards else order
+        y = one(s, x[:, order], z[:, order], grid[::-1] if turned else grid)
+        total = total + y[:, order.argsort()]
+    return total @ proj_down.mT + proj_down_bias
+
+
 def partition_twin(k, num_clusters, valid=None):
     """Cluster by cluster lists of tokens for each sample and head, and the order they make."""
     B, L, H, _ = k.shape
@@ -179,6 +241,34 @@ def mlstm_inputs(S, Dh=6, H=3):
     q, k, v, i, f = normal(*[(2, S, H, Dh)] * 3, *[(2, S, H)] * 2)
     # Input gates on both sides of the bound exp(−m), forget gates as at the start of training.
     return [q, k, v, i - 1, f + 3]
+
+
+def token_grid(L):
+    """Rows and columns of L tokens, as near to a square as they go."""
+    rows = max(n for n in range(1, int(L**0.5) + 1) if L % n == 0)
+    return rows, L // rows
+
+
+def layer_inputs(L, D=6, H=2, S=2, kernel=(3, 3), E=None):
+    E = E or 2 * D
+    shapes = [(2, L, D), (2 * E, D), (2 * E,), (S, E, *kernel), (S, E), (S, 3, E // 4, 4, 4)]
+    shapes += [(S, 3, E), (S, 2 * H, 3 * E), (S, 2 * H), *[(S, E)] * 3, (D, E), (D,)]
+    inputs = normal(*shapes)
+    inputs[1] = inputs[1] / D**0.5
+    # The norm makes noise of h where it is small: no sums that cancel, and values of some size.
+    inputs[3] = inputs[3] / inputs[3][0, 0].numel()
+    inputs[5][:, :2] = inputs[5][:, :2] / 4
+    inputs[6] = inputs[6] / 4 + 1
+    inputs[6][:, 2, ::2] -= 3
+    inputs[7] = inputs[7] / E
+    inputs[8] = inputs[8] + torch.tensor([0.0, 2.0]).repeat_interleave(H)
+    return inputs
+
+
+def on_grid(tokens, *weights, reverse=(True, False), columns=(False, True), **kwargs):
+    """`vil_mixer` on the `token_grid` of flat arguments."""
+    grid = token_grid(tokens.shape[1])
+    return vil_mixer(tokens, Weights(*weights), grid, reverse, columns, **kwargs)
 
 
 def cluster_inputs(L, Dh=6, H=3):
@@ -291,6 +381,22 @@ MLSTM = Case(
     _mlstm_steps,
     wide=(3, 4),
 )
+LAYER = Case(
+    'vil_mixer',
+    on_grid,
+    layer_twin,
+    layer_inputs,
+    lambda xs: (
+        xs[0],
+        xs[1:],
+        [*token_grid(xs[0].shape[1])],
+        [True, False],
+        [False, True],
+        'cells',
+        'reference',
+    ),
+    wide=(7, 8, 9, 10, 11),
+)
 CLUSTER = Case(
     'sec_attention',
     lambda q, k, v, **kwargs: cluster_attention(q, k, v, clusters_of(q), **kwargs),
@@ -305,12 +411,11 @@ CLUSTER = Case(
     ),
     _cluster_steps,
 )
-VIM = (SCAN, BOTH, CONV, MIXER)
 CASES = tuple(
     case.on(backend)
-    for case in (*VIM, MLSTM, CLUSTER)
-    for backend in (('reference', 'cpu') if case in VIM else ('reference',))
-    if backend != 'cpu' or INSTALLED['numba']
+    for case in (SCAN, BOTH, CONV, MIXER, MLSTM, LAYER, CLUSTER)
+    for backend in ('reference', 'cpu')
+    if backend == 'reference' or (case is not CLUSTER and INSTALLED['numba'])
 )
 
 

@@ -126,7 +126,7 @@ def test_contexts(case):
     with torch.autocast('cpu', torch.bfloat16):
         everything = run(case.op, inputs)  # the backward too
     contexts = [run(recompute, inputs)]
-    if case.name != 'vim_mixer':  # which has projections, that follow autocast
+    if case.name not in ('vim_mixer', 'vil_mixer'):  # whose projections follow autocast
         contexts += [run(autocast, inputs), everything]
     for actual in contexts:
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
@@ -203,7 +203,7 @@ def test_bad_inputs(case, n):
 @all_ops
 def test_empty_sequence(case):
     empty = [x.narrow(x.shape.index(7), 0, 0) if 7 in x.shape else x for x in case.inputs(7)]
-    with pytest.raises(ValueError, match=r'is empty along [LS]'):
+    with pytest.raises(ValueError, match=r'is empty along [LS]|must be the rows'):
         case.op(*empty)
 
 

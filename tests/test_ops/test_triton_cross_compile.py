@@ -1,32 +1,20 @@
-"""Triton's kernels compiled for sm_90, which needs no GPU: registers, spills and instructions.
+"""Vim's Triton kernels, compiled for sm_90.
 
 An exponential occupies a scheduler as long as eight instructions do, so that a loop of up to
 eight for each element is limited by its exponentials. 128 registers let four warps share a
 scheduler, 255 two. Budgets are what was counted, and a little more.
 """
 
-import os
-import re
-import subprocess
-from collections import Counter
-from pathlib import Path
-
+import cross_compile
 import pytest
+from cross_compile import disassemble, loops
 
-triton = pytest.importorskip('triton')
-if os.environ.get('TRITON_INTERPRET') == '1':
-    pytest.skip('the interpreter has taken the place of the compiler', allow_module_level=True)
+from visionseq_mm.ops.conv1d_silu import triton as conv
+from visionseq_mm.ops.selective_scan import triton as scan
+from visionseq_mm.ops.vim_mixer import triton as mixer
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from visionseq_mm.ops.conv1d_silu import triton as conv  # noqa: E402
-from visionseq_mm.ops.selective_scan import triton as scan  # noqa: E402
-from visionseq_mm.ops.vim_mixer import triton as mixer  # noqa: E402
-
-TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
 DATA = ('u', 'dt', 'delta', 'z', 'out', 'dout', 'y', 'dz', 'du', 'ddt', 'x', 'dx', 'low', 'weight')
-ANY = ('L', 'batch', 'chunks', 'low_token')  # sizes that 16 need not divide
+ODD = ('L', 'batch', 'chunks', 'low_token')
 THREAD = scan.TILE // 32  # elements that each thread has of a tile of states
 SCAN_OPTIONS = dict(num_warps=1, num_stages=1)
 FULL_SCAN = dict(S=2, REVERSE=2, N=16, BLOCK_N=16, BLOCK_D=64)
@@ -35,49 +23,9 @@ FULL_CONV = dict(S=2, REVERSE=2, W=4, TOKENS=conv.TOKENS, CHANNELS=conv.CHANNELS
 
 
 def build(kernel, dtype, constants, **options):
-    """The kernel as it is compiled for tensors of `dtype`."""
-    signature, divisible = {}, {}
+    """Backwards, the scan's x is dy, which is float32."""
     data = [name for name in DATA if name != 'x' or not constants.get('BACKWARD')]
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = 'constexpr'
-            continue
-        pointer = name.endswith('_ptr')
-        signature[name] = 'i32'
-        if pointer:
-            signature[name] = '*' + (dtype if name.removesuffix('_ptr') in data else 'fp32')
-        if name not in ANY:
-            divisible[i,] = [['tt.divisibility', 16]]
-    source = ASTSource(kernel, signature, constants, divisible)
-    return triton.compile(source, target=GPUTarget('cuda', 90, 32), options=options)
-
-
-def disassemble(compiled, tmp_path):
-    """SASS, and the registers and bytes of stack of a thread."""
-    cubin = tmp_path / 'kernel.cubin'
-    cubin.write_bytes(compiled.asm['cubin'])
-    usage, sass = (
-        subprocess.run(
-            [TOOLS / tool, option, cubin], capture_output=True, text=True, check=True
-        ).stdout
-        for tool, option in (('cuobjdump', '-res-usage'), ('nvdisasm', '-c'))
-    )
-    return sass, *(int(re.search(rf'{what}:(\d+)', usage)[1]) for what in ('REG', 'STACK'))
-
-
-def loops(sass):
-    """Instructions of each innermost loop, counted by their names."""
-    instructions, labels, spans = [], {}, []
-    for line in sass.splitlines():
-        if label := re.match(r'(\.L_x_\d+):', line):
-            labels[label[1]] = len(instructions)
-        elif found := re.match(r'\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([\w.]+)(.*);', line):
-            instructions.append(found[1])
-            target = re.search(r'`\((\.L_x_\d+)\)', found[2])
-            if target and target[1] in labels:
-                spans.append((labels[target[1]], len(instructions)))
-    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return [Counter(instructions[slice(*span)]) for span in inner]
+    return cross_compile.build(kernel, dtype, constants, data, ODD, **options)
 
 
 def scan_steps(sass):

@@ -1,15 +1,17 @@
 """ViL: Vision-LSTM (Alkin et al., ICLR 2025, arXiv 2406.04303).
 
-Blocks of matrix LSTMs that read the image's tokens row by row, one block from
-the top left, the next from the bottom right:
+Layers of matrix LSTMs that read the image's tokens one after the other, in the
+released models one layer row by row from the top left, the next the same way
+back from the bottom right:
 
     x <- x + Layer(LayerNorm(x))
 
 Shapes: B batch, L tokens, D embedding, E = 2 D inner channels, H = 4 heads,
-Dh = E / H.
+S directions of a layer.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,34 +20,60 @@ from torch import nn
 
 from visionseq_mm import checkpoints
 from visionseq_mm.backbones.base import PlainBackbone, linear_ramp
-from visionseq_mm.ops import mlstm
+from visionseq_mm.ops import vil_mixer
+from visionseq_mm.ops.vil_mixer import Weights
 from visionseq_mm.registry import MODELS
 
 
+class Path(NamedTuple):
+    """The way of a direction through the tokens: row by row from the top left, unless told."""
+
+    reverse: bool = False
+    columns: bool = False
+
+
+_ROWS = Path(), Path(reverse=True)
+_COLUMNS = Path(columns=True), Path(reverse=True, columns=True)
+
+
+class Traversal(NamedTuple):
+    """The paths of each layer, over and over, and whether those of a layer share weights."""
+
+    cycle: tuple[tuple[Path, ...], ...]
+    shared: bool = False
+
+
+TRAVERSALS = {
+    'forward': Traversal((_ROWS[:1],)),
+    'alternating': Traversal(tuple((path,) for path in _ROWS)),
+    'bidirectional': Traversal((_ROWS,)),
+    'bidirectional_shared': Traversal((_ROWS,), shared=True),
+    'quad': Traversal((_ROWS + _COLUMNS,)),
+    'quad_shared': Traversal((_ROWS + _COLUMNS,), shared=True),
+    'alternating_quad': Traversal(tuple((path,) for path in _ROWS + _COLUMNS)),
+}
+POOLINGS = ('bilateral_avg', 'bilateral_concat', 'avg', 'middle_patch', 'middle_cls')
+
+
 class ResidualGainNorm(nn.Module):
-    """LayerNorm whose gain is 1 + weight, as ViL stores it: (..., C) -> (..., C).
+    """LayerNorm whose gain is 1 + weight, as ViL stores it: (..., C) -> (..., C)."""
 
-    With ``num_groups`` above 1 each group of C / num_groups channels is
-    normalised by itself: the per-head norm of the mLSTM's output.
-    """
-
-    def __init__(self, num_channels, bias, eps=1e-5, num_groups=1):
+    def __init__(self, num_channels, bias, eps=1e-5):
         super().__init__()
         self.eps = eps
-        self.num_groups = num_groups
         self.weight = nn.Parameter(torch.zeros(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels)) if bias else None
 
+    @property
+    def gain(self):
+        return 1 + self.weight
+
     def forward(self, x):
-        gain = 1 + self.weight
-        if self.num_groups == 1:
-            return F.layer_norm(x, gain.shape, gain, self.bias, self.eps)
-        rows = x.flatten(0, -2)
-        return F.group_norm(rows, self.num_groups, gain, self.bias, self.eps).view_as(x)
+        return F.layer_norm(x, self.weight.shape, self.gain, self.bias, self.eps)
 
 
 class HeadwiseLinear(nn.Module):
-    """Block-diagonal linear map of blocks of 4 channels: (B, L, E) -> (B, L, E).
+    """Weights of a block-diagonal linear map of blocks of 4 channels, [block, out, in].
 
     The size of these blocks has nothing to do with the number of mLSTM heads,
     which happens to be 4 as well.
@@ -59,48 +87,9 @@ class HeadwiseLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_blocks, self.block_size, self.block_size))
         self.bias = nn.Parameter(torch.zeros(num_channels)) if bias else None
 
-    def forward(self, x):
-        y = torch.einsum('...gi,goi->...go', x.unflatten(-1, (-1, self.block_size)), self.weight)
-        y = y.flatten(-2)
-        return y if self.bias is None else y + self.bias
-
-
-class CausalConv1d(nn.Conv1d):
-    """Depth-wise convolution of each token with its 3 predecessors: (B, L, E) -> (B, L, E).
-
-    With ``reverse`` the successors take the predecessors' place and the taps
-    are reversed, which equals flip(conv(flip(x))).
-    """
-
-    def __init__(self, num_channels):
-        super().__init__(num_channels, num_channels, 4, groups=num_channels)
-
-    def forward(self, x, hw, reverse):
-        weight, past = self.weight, self.kernel_size[0] - 1
-        x = F.pad(x.transpose(1, 2), (0, past) if reverse else (past, 0))
-        weight = weight.flip(-1) if reverse else weight
-        return F.conv1d(x, weight, self.bias, groups=self.groups).transpose(1, 2)
-
-
-class GridConv2d(nn.Conv2d):
-    """Depth-wise 3x3 convolution on the token grid: (B, L, E) -> (B, L, E).
-
-    With ``reverse`` the kernel is turned by 180 degrees, which equals
-    flip(conv(flip(x))) along the sequence.
-    """
-
-    def __init__(self, num_channels):
-        super().__init__(num_channels, num_channels, 3, padding=1, groups=num_channels)
-
-    def forward(self, x, hw, reverse):
-        weight = self.weight.flip(-1, -2) if reverse else self.weight
-        x = x.transpose(1, 2).unflatten(2, hw)
-        x = F.conv2d(x, weight, self.bias, padding=self.padding, groups=self.groups)
-        return x.flatten(2).transpose(1, 2)
-
 
 class MLSTMCell(nn.Module):
-    """Gates, mLSTM and per-head norm: q, k, v (B, L, E) -> (B, L, E)."""
+    """Weights of the gates, which read q, k and v, and of the norm of each head's output."""
 
     num_heads = 4
 
@@ -108,7 +97,7 @@ class MLSTMCell(nn.Module):
         super().__init__()
         self.igate = nn.Linear(3 * num_channels, self.num_heads)
         self.fgate = nn.Linear(3 * num_channels, self.num_heads)
-        self.outnorm = ResidualGainNorm(num_channels, bias, num_groups=self.num_heads)
+        self.outnorm = ResidualGainNorm(num_channels, bias)
         nn.init.zeros_(self.igate.weight)
         nn.init.normal_(self.igate.bias, std=0.1)
         nn.init.zeros_(self.fgate.weight)
@@ -116,57 +105,124 @@ class MLSTMCell(nn.Module):
             # Forgetting with time constants of about 20 to 400 tokens.
             self.fgate.bias.copy_(torch.linspace(3, 6, self.num_heads))
 
-    def forward(self, q, k, v, reverse):
-        gates = torch.cat([q, k, v], dim=-1)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
-        h = mlstm(q, k, v, self.igate(gates), self.fgate(gates), reverse=reverse)
-        return self.outnorm(h.flatten(-2))
 
+class ViLDirection(nn.Module):
+    """What a direction of a layer has for itself: convolution, projections, cell and skip."""
 
-class ViLLayer(nn.Module):
-    """Gated mLSTM layer: tokens (B, L, D) -> (B, L, D).
-
-    With x, z = split(proj_up(tokens)) and c = SiLU(conv(x)):
-
-        h = mLSTM(q_proj(c), k_proj(c), v_proj(x))
-        out = proj_down((h + learnable_skip * c) * SiLU(z))
-    """
-
-    def __init__(self, embed_dims, version, reverse):
+    def __init__(self, embed_dims, version):
         super().__init__()
+        self.build(embed_dims, version)
+        self.reset_parameters(embed_dims)
+
+    def build(self, embed_dims, version):
         inner, bias = 2 * embed_dims, version == 2
-        self.reverse = reverse
-        self.proj_up = nn.Linear(embed_dims, 2 * inner, bias=bias)
         self.q_proj, self.k_proj, self.v_proj = (HeadwiseLinear(inner, bias) for _ in range(3))
-        self.conv = CausalConv1d(inner) if version == 1 else GridConv2d(inner)
+        if version == 1:  # of each token and its 3 predecessors
+            self.conv = nn.Conv1d(inner, inner, 4, groups=inner)
+        else:  # on the grid
+            self.conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
         self.mlstm_cell = MLSTMCell(inner, bias)
         self.learnable_skip = nn.Parameter(torch.ones(inner))
-        self.proj_down = nn.Linear(inner, embed_dims, bias=bias)
-        self.reset_parameters(embed_dims)
 
     def reset_parameters(self, embed_dims):
         """The official 'original' scheme, in which the depth does not enter."""
-        for m in (self.proj_up, self.q_proj, self.k_proj, self.v_proj):
+        for m in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.normal_(m.weight, std=math.sqrt(2 / (5 * embed_dims)))
+
+    def weights(self):
+        """Those fields of :class:`Weights` that have a direction each, without that dimension."""
+        qkv, cell = (self.q_proj, self.k_proj, self.v_proj), self.mlstm_cell
+        gates, norm = (cell.igate, cell.fgate), cell.outnorm
+        return dict(
+            conv_weight=self.conv.weight.squeeze(1),
+            conv_bias=self.conv.bias,
+            qkv=torch.stack([m.weight for m in qkv]),
+            qkv_bias=None if qkv[0].bias is None else torch.stack([m.bias for m in qkv]),
+            gates=torch.cat([m.weight for m in gates]),
+            gates_bias=torch.cat([m.bias for m in gates]),
+            norm_weight=norm.gain,
+            norm_bias=norm.bias,
+            skip=self.learnable_skip,
+        )
+
+
+class ViLLayer(ViLDirection):
+    """Gated mLSTM layer in one direction or several: tokens (B, L, D), grid -> (B, L, D).
+
+    With x, z = split(proj_up(tokens)) and, for each direction, c = SiLU(conv(x)):
+
+        h = outnorm(mLSTM(q_proj(c), k_proj(c), v_proj(x)))
+        out = proj_down(sum over the directions of (h + learnable_skip * c) * SiLU(z))
+
+    A reversed direction is flip(...(flip(x))), its convolution included; one of columns reads
+    the transposed grid. The modules hold the weights; :func:`visionseq_mm.ops.vil_mixer` computes
+    all of it in one operation, so that their own forward and hooks on it do not run: a wrapper
+    around one of them, such as LoRA's, has no effect.
+
+    The layer is its first direction. Others with weights of their own are in
+    ``other_directions``, in the order of the paths.
+
+    Args:
+        embed_dims (int): D.
+        version (int): Of :class:`ViL`.
+        paths (Sequence[Path]): One for each direction.
+        shared (bool): Whether all directions have the weights of the first.
+        recompute (bool): Keep only the tokens and the cells' output for the
+            backward pass.
+    """
+
+    def __init__(self, embed_dims, version, paths, shared, recompute):
+        super().__init__(embed_dims, version)
+        self.reverse, self.columns = zip(*paths, strict=True)
+        self.recompute = recompute
+        self.other_directions = nn.ModuleList(
+            ViLDirection(embed_dims, version) for _ in (() if shared else paths[1:])
+        )
+
+    def build(self, embed_dims, version):
+        inner, bias = 2 * embed_dims, version == 2
+        self.proj_up = nn.Linear(embed_dims, 2 * inner, bias=bias)
+        super().build(embed_dims, version)
+        self.proj_down = nn.Linear(inner, embed_dims, bias=bias)
+
+    def reset_parameters(self, embed_dims):
+        nn.init.normal_(self.proj_up.weight, std=math.sqrt(2 / (5 * embed_dims)))
+        super().reset_parameters(embed_dims)
         nn.init.normal_(self.proj_down.weight, std=2 / math.sqrt(embed_dims))
         for m in (self.proj_up, self.proj_down):
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
 
+    def of_directions(self):
+        """The fields of :class:`Weights` that have a leading dimension S."""
+        own = self.weights()
+        others = [m.weights() for m in self.other_directions]
+        if others:
+            return {
+                name: None if x is None else torch.stack([x, *(w[name] for w in others)])
+                for name, x in own.items()
+            }
+        count = len(self.reverse)
+        return {name: None if x is None else x.expand(count, *x.shape) for name, x in own.items()}
+
     def forward(self, tokens, hw):
-        x, z = self.proj_up(tokens).chunk(2, dim=-1)
-        c = F.silu(self.conv(x, hw, self.reverse))
-        h = self.mlstm_cell(self.q_proj(c), self.k_proj(c), self.v_proj(x), self.reverse)
-        return self.proj_down((h + self.learnable_skip * c) * F.silu(z))
+        weights = Weights(
+            proj_up=self.proj_up.weight,
+            proj_up_bias=self.proj_up.bias,
+            **self.of_directions(),
+            proj_down=self.proj_down.weight,
+            proj_down_bias=self.proj_down.bias,
+        )
+        return vil_mixer(tokens, weights, hw, self.reverse, self.columns, self.recompute)
 
 
 class ViLBlock(nn.Module):
-    """Pre-norm residual layer in one direction: (B, L, D), (h, w) -> (B, L, D)."""
+    """Pre-norm residual layer: (B, L, D), (h, w) -> (B, L, D)."""
 
-    def __init__(self, embed_dims, version, reverse, drop_path_rate):
+    def __init__(self, embed_dims, version, layer, drop_path_rate):
         super().__init__()
         self.norm = ResidualGainNorm(embed_dims, bias=version == 2)
-        self.layer = ViLLayer(embed_dims, version, reverse)
+        self.layer = layer
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, tokens, hw):
@@ -174,13 +230,16 @@ class ViLBlock(nn.Module):
 
 
 class ViLBlockPair(nn.Module):
-    """Both directions, one after the other: a block of version 2."""
+    """A block of version 2: two layers, one after the other.
 
-    def __init__(self, embed_dims, drop_path_rates):
+    They are named as in the official files, whose traversal is 'alternating', and keep these
+    names where theirs is another.
+    """
+
+    def __init__(self, first, second):
         super().__init__()
-        first, second = drop_path_rates
-        self.rowwise_from_top_left = ViLBlock(embed_dims, 2, False, first)
-        self.rowwise_from_bot_right = ViLBlock(embed_dims, 2, True, second)
+        self.rowwise_from_top_left = first
+        self.rowwise_from_bot_right = second
 
     def forward(self, tokens, hw):
         return self.rowwise_from_bot_right(self.rowwise_from_top_left(tokens, hw), hw)
@@ -198,20 +257,49 @@ class ViL(PlainBackbone):
             stored position table has one entry per 16x16 pixels of it,
             whatever the stride. Images of any other size are fine: the table
             is resized to their grid in every forward.
-        version (int): 2: pairs of blocks, a 3x3 convolution on the grid and
-            biases; 1: single blocks of alternating direction, a causal
-            convolution.
+        version (int): 2: pairs of layers, a 3x3 convolution on the grid and
+            biases; 1: single layers, a causal convolution.
         stride (int): 16; in version 1 also 8, for overlapping patches.
         drop_path_decay (bool): Whether ``drop_path_rate`` is the end of a
             linear ramp over the single layers, as in the official
             segmentation recipe, or the rate of all, as in the ImageNet one.
+        traversal (str): How the layers read the tokens, as the paper compares
+            it. In one direction each: 'forward', all row by row from the top
+            left; 'alternating', every second one from the bottom right (the
+            released models); 'alternating_quad', by rows, by rows reversed, by
+            columns, by columns reversed, and again. In several at once, whose
+            gated outputs are added: 'bidirectional', by rows both ways;
+            'quad', by rows and columns both ways; each direction has its own
+            convolution, projections to q, k and v, gates, norm and skip, or
+            with 'bidirectional_shared' and 'quad_shared' the same.
+            Sharing makes a layer equivariant, whatever its weights: with
+            'bidirectional_shared' a turn of the token grid by 180 degrees
+            turns its output, with 'quad_shared' also a transposition of the
+            grid (a mirroring has no such guarantee, nor have the other
+            traversals any). Of images that holds as far as patch embedding
+            and position table have the symmetry and no patch is padded.
+            Released checkpoints have the weights of one direction: they do
+            not load into 'bidirectional' and 'quad', but with a lower
+            ``min_matched``, which leaves the other directions as initialised.
+        pooling (str | None): For 'cls', the vector between the two norms:
+            'bilateral_avg', first and last token averaged (None in version
+            1); 'bilateral_concat', the two one after the other, (B, 2 D)
+            (None in version 2); 'avg', the mean of all tokens;
+            'middle_patch', token L // 2 of the sequence, which on a grid with
+            an even number of rows is the first of row h / 2, not its centre;
+            'middle_cls', a class token after the first ceil(L / 2) tokens,
+            without a position. It interrupts the grid, hence is for version 1
+            and the traversals by rows only.
+        recompute (str): What a layer computes again in the backward pass:
+            'kernel', all but its input and the cells' output; 'none', only
+            what is cheap: x, z, c, q, k, v, the gates and the cells' output
+            are kept. ``with_cp`` takes its place.
         out_indices (int | Sequence[int] | None): Blocks (version 1) or pairs
             (version 2) to return. None: the ends of the four quarters, e.g.
             (2, 5, 8, 11) for 12 pairs.
         out_type (str): 'featmap', a tuple of (B, D, h, w) maps without a final
             norm, or 'cls', a 1-tuple of the vector that a linear head
-            multiplies: first and last token averaged (version 1, (B, D)) or
-            concatenated (version 2, (B, 2 D)), between two norms.
+            multiplies, (B, D) or (B, 2 D): see ``pooling``.
         out_norm (dict | None): Norm config for the maps, one layer each, e.g.
             ``dict(type='visionseq_mm.LN2d', eps=1e-6)``.
         drop_path_rate (float): See ``drop_path_decay``.
@@ -227,7 +315,8 @@ class ViL(PlainBackbone):
 
     Raises:
         ValueError: For unknown names, variants that a version does not have,
-            images under 16 pixels or without 3 channels.
+            arguments without effect in the given combination, images under
+            16 pixels or without 3 channels.
     """
 
     #: ``depth`` by version.
@@ -238,7 +327,7 @@ class ViL(PlainBackbone):
         'smallplus': dict(embed_dims=384, depth={1: 26}),
         'base': dict(embed_dims=768, depth={1: 24, 2: 12}),
     }
-    cls_only = ('final_norm.', 'pool_norm.')
+    cls_only = ('cls_token', 'final_norm.', 'pool_norm.')
 
     def __init__(
         self,
@@ -247,6 +336,9 @@ class ViL(PlainBackbone):
         version=2,
         stride=16,
         drop_path_decay=True,
+        traversal='alternating',
+        pooling=None,
+        recompute='kernel',
         out_indices=None,
         out_type='featmap',
         out_norm=None,
@@ -272,7 +364,17 @@ class ViL(PlainBackbone):
             )
         if version == 2 and stride != 16:
             raise ValueError(f'version 2 has stride 16 only, got {stride}; version 1 has 8 too')
+        if traversal not in TRAVERSALS:
+            raise ValueError(
+                f'traversal must be one of {", ".join(map(repr, TRAVERSALS))}, got {traversal!r}'
+            )
+        if recompute not in ('none', 'kernel'):
+            raise ValueError(
+                f"recompute must be 'none' or 'kernel', got {recompute!r}; with_cp=True "
+                'recomputes whole blocks'
+            )
         self.version = version
+        self.pooling = self.resolve_pooling(pooling, traversal)
         self.official_names = checkpoints.VIL[version]
         self.out_indices = self.resolve_outputs(
             out_indices, self.depth, self.default_out_indices(self.depth), out_norm=out_norm
@@ -286,41 +388,96 @@ class ViL(PlainBackbone):
         rates = linear_ramp(drop_path_rate, num_layers)
         if not drop_path_decay:
             rates = [drop_path_rate] * num_layers
+        cycle, shared = TRAVERSALS[traversal]
+
+        def build_block(i):
+            # A block that is computed again need not spare its own activations.
+            spare = recompute == 'kernel' and not with_cp
+            paths = cycle[i % len(cycle)]
+            layer = ViLLayer(self.embed_dims, version, paths, shared, spare)
+            return ViLBlock(self.embed_dims, version, layer, rates[i])
+
         built = range(self.out_indices[-1] + 1)
         if version == 1:
-            self.blocks = nn.ModuleList(
-                ViLBlock(self.embed_dims, 1, i % 2 == 1, rates[i]) for i in built
-            )
+            self.blocks = nn.ModuleList(build_block(i) for i in built)
         else:
             self.blocks = nn.ModuleList(
-                ViLBlockPair(self.embed_dims, rates[2 * i : 2 * i + 2]) for i in built
+                ViLBlockPair(build_block(2 * i), build_block(2 * i + 1)) for i in built
             )
         if out_type == 'cls':
             # The published class of version 2 swaps the two epsilons of its training code; the
             # published classes are what we follow.
             eps, pool_eps = (1e-5, 1e-6) if version == 1 else (1e-6, 1e-5)
             self.final_norm = ResidualGainNorm(self.embed_dims, bias=version == 2, eps=eps)
-            self.pool_norm = nn.LayerNorm(self.embed_dims * version, eps=pool_eps)
+            pooled_dims = self.embed_dims * (2 if self.pooling == 'bilateral_concat' else 1)
+            self.pool_norm = nn.LayerNorm(pooled_dims, eps=pool_eps)
+            if self.pooling == 'middle_cls':
+                token = torch.empty(1, 1, self.embed_dims)
+                self.cls_token = nn.Parameter(nn.init.normal_(token, std=0.02))
         self.finish_init(out_norm, [self.embed_dims] * len(self.out_indices))
 
+    def resolve_pooling(self, pooling, traversal):
+        """Validated ``pooling``, with None the version's own.
+
+        Raises:
+            ValueError: For an unknown name, any with 'featmap', and a class
+                token where the layers need the grid.
+        """
+        if pooling is None:
+            return 'bilateral_avg' if self.version == 1 else 'bilateral_concat'
+        if pooling not in POOLINGS:
+            raise ValueError(
+                f'pooling must be one of {", ".join(map(repr, POOLINGS))} or None, got {pooling!r}'
+            )
+        if self.out_type == 'featmap':
+            raise ValueError(
+                f"out_type='featmap' returns maps, so pooling={pooling!r} has no effect with it: "
+                "leave it out, or use out_type='cls'"
+            )
+        by_columns = any(path.columns for paths in TRAVERSALS[traversal].cycle for path in paths)
+        if pooling == 'middle_cls' and (self.version == 2 or by_columns):
+            raise ValueError(
+                "pooling='middle_cls' puts a class token into the sequence, which is then no grid "
+                'of tokens: it needs version=1, whose convolution goes along the sequence, and a '
+                f'traversal by rows only, got version={self.version}, traversal={traversal!r}'
+            )
+        return pooling
+
     def parts(self):
-        return [[self.patch_embed, self.pos_embed], *([block] for block in self.blocks)]
+        stem = [self.patch_embed, self.pos_embed]
+        if hasattr(self, 'cls_token'):
+            stem += [self.cls_token]
+        return [stem, *([block] for block in self.blocks)]
+
+    def insert_cls(self, tokens):
+        """(B, L, D) -> (B, L + 1, D), the class token in the middle."""
+        cls = self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype)
+        place = (tokens.shape[1] + 1) // 2
+        return torch.cat([tokens[:, :place], cls, tokens[:, place:]], dim=1)
 
     def forward(self, image):
         tokens = self.embed(image)
         hw = tokens.shape[1:3]
         tokens = tokens.flatten(1, 2)
+        if hasattr(self, 'cls_token'):
+            tokens = self.insert_cls(tokens)
+            hw = 1, tokens.shape[1]
         maps = []
         for i, block in enumerate(self.blocks):
             tokens = self.run(block, tokens, hw)
             if i in self.out_indices and self.out_type == 'featmap':
                 maps.append(self.to_map(tokens, hw))
         if self.out_type == 'cls':
-            return (self.pool(self.final_norm(tokens)),)
+            return (self.pool_norm(self.pool(self.final_norm(tokens))),)
         return self.normalize_outputs(maps)
 
     def pool(self, tokens):
-        """(B, L, D) -> (B, D) or (B, 2 D) from the first and last token."""
+        """(B, L, D) -> (B, D), or (B, 2 D) with 'bilateral_concat'."""
+        if self.pooling == 'avg':
+            return tokens.mean(1)
+        if self.pooling in ('middle_patch', 'middle_cls'):
+            return tokens[:, tokens.shape[1] // 2]
         first, last = tokens[:, 0], tokens[:, -1]
-        pooled = (first + last) / 2 if self.version == 1 else torch.cat([first, last], dim=-1)
-        return self.pool_norm(pooled)
+        if self.pooling == 'bilateral_avg':
+            return (first + last) / 2
+        return torch.cat([first, last], dim=-1)

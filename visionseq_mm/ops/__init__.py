@@ -4,6 +4,7 @@ from visionseq_mm.ops.cluster_attention import cluster_attention, sec_attention,
 from visionseq_mm.ops.conv1d_silu import conv1d_silu
 from visionseq_mm.ops.mlstm import mlstm
 from visionseq_mm.ops.selective_scan import bidirectional_scan, selective_scan
+from visionseq_mm.ops.vil_mixer import vil_mixer
 from visionseq_mm.ops.vim_mixer import vim_mixer
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     'sec_attention',
     'sec_partition',
     'selective_scan',
+    'vil_mixer',
     'vim_mixer',
 ]

@@ -27,11 +27,16 @@ _FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.C
 AVX512 = '+avx512f' in _FEATURES.split(',')
 
 
+_NAMES = ('simd.py', 'tiles.py')
+#: Of what kernels import.
+_SHARED = zlib.crc32(b''.join(Path(__file__).with_name(n).read_bytes() for n in _NAMES))
+
+
 def jit(function):
     """Numba's compiler, without the interpreter's lock; kept on disk where there is a place."""
     options = dict(nogil=True, error_model='numpy')
     # Numba looks for changes in the kernel's file alone, and files the result by this name.
-    function.__qualname__ += f'_{zlib.crc32(Path(__file__).read_bytes()):08x}'
+    function.__qualname__ += f'_{_SHARED:08x}'
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither this folder nor the user's cache can be written
@@ -184,6 +189,39 @@ def lane_sums(typing, array, index):
         return rows[0]
 
     return vector(array, index), generate
+
+
+@intrinsic
+def lane_sum(typing, x):
+    """Sum of the lanes of a vector, a number."""
+
+    def generate(context, builder, signature, args):
+        (total,) = args
+        count = x.lanes
+        while count > 1:
+            count //= 2
+            mask = [ir.IntType(32)(i ^ count) for i in range(x.lanes)]
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), x.lanes), mask)
+            total = builder.fadd(total, builder.shuffle_vector(total, total, mask))
+        return builder.extract_element(total, ir.IntType(32)(0))
+
+    return x.dtype(x), generate
+
+
+@intrinsic
+def spread(typing, x):
+    """Four vectors, the d-th with lane 4 g + d in the lanes 4 g to 4 g + 3."""
+
+    def generate(context, builder, signature, args):
+        index = ir.VectorType(ir.IntType(32), x.lanes)
+        masks = (
+            ir.Constant(index, [ir.IntType(32)(i // 4 * 4 + d) for i in range(x.lanes)])
+            for d in range(4)
+        )
+        spreads = [builder.shuffle_vector(args[0], args[0], mask) for mask in masks]
+        return context.make_tuple(builder, signature.return_type, spreads)
+
+    return types.UniTuple(x, 4)(x), generate
 
 
 # ----------------------------------------------------------------- arithmetic

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionseq_mm.ops.common import check_inputs, widest_dtype
+from visionseq_mm.ops.common import check_dtypes, check_inputs, widest_dtype
 from visionseq_mm.ops.dispatch import Backends
 
-BACKENDS = Backends('mlstm', __name__, 'reference')
+BACKENDS = Backends('mlstm', __name__, 'triton', 'cpu', 'reference')
 
 
 def mlstm(
@@ -29,12 +29,13 @@ def mlstm(
         C_ts = exp(D_ts − m_t) q_t·k_s / √Dh
         h_t = Σ_s C_ts v_s / (max(|Σ_s C_ts|, exp(−m_t)) + eps)
 
-    Linear in S in time and memory. Sums are float32, or the widest input's type where that is
-    wider; dtypes may be mixed.
+    Linear in S in time and memory. Gates and sums are float32, or the widest input's type where
+    that is wider.
 
     Args:
-        q, k, v: (B, S, H, Dh), not scaled.
-        i, f: (B, S, H), input and forget gates before exponential and sigmoid.
+        q, k, v: (B, S, H, Dh), not scaled, in one dtype.
+        i, f: (B, S, H), input and forget gates before exponential and sigmoid, in that dtype or
+            in float32 beside half precision.
         reverse: from the last token to the first, as `flip(mlstm(flip(…)))` along the tokens.
         eps: added to the normaliser.
         backend: 'auto' or the name of an implementation; None is the environment's
@@ -45,7 +46,7 @@ def mlstm(
 
     Raises:
         ValueError: shapes that do not fit, an empty sequence, a dtype that is not floating
-            point, inputs on several devices, an unknown backend.
+            point or differs, inputs on several devices, an unknown or unsuitable backend.
     """
     check_inputs(
         'mlstm',
@@ -55,6 +56,7 @@ def mlstm(
         i=(i, 'B S H'),
         f=(f, 'B S H'),
     )
+    check_dtypes('mlstm', dict(q=q, k=k, v=v), dict(i=i, f=f))
     return _forward(q, k, v, i, f, reverse, eps, BACKENDS.select(backend, q))[0]
 
 

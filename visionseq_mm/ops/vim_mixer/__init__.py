@@ -6,13 +6,20 @@ B batch, L tokens, D embedding, E inner channels, S directions, R rank of the st
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from visionseq_mm.ops.common import check_dtypes, check_inputs, finite_or_nan
 from visionseq_mm.ops.conv1d_silu import TAPS, check_directions
 from visionseq_mm.ops.dispatch import Backends
+from visionseq_mm.ops.linear import (
+    add_linears,
+    input_gradient,
+    linear,
+    linears,
+    weight_gradient,
+    weight_gradients,
+)
 from visionseq_mm.ops.selective_scan import scan_flops, scan_limits
 
 BACKENDS = Backends('vim_mixer', __name__, 'triton', 'cpu', 'reference')
@@ -161,24 +168,19 @@ def _forward(
     ops = BACKENDS[backend]
     with torch.autocast(tokens.device.type, enabled=False):
         to_x, to_z = in_proj.chunk(2)
-        x = F.linear(tokens, to_x)
+        x = linear(tokens, to_x)
         u = ops.conv_silu(x, conv_weight, conv_bias, conv_reverse)
         if keep != 'all':
             del x  # before there is a z
-        low_BC = _project(u, x_proj)
-        z = F.linear(tokens, to_z)
+        low_BC = linears(u, x_proj)
+        z = linear(tokens, to_z)
         low, B, C = _split(low_BC, dt_proj, A)
         y, states = ops.scan(u, low, B, C, dt_proj, dt_bias, A, D, z, reverse, keep)
         kept = []
         if keep != 'nothing':
             kept = [states, x, z, u, low_BC, y] if keep == 'all' else [states]
         del z, u
-        return [F.linear(y, out_proj), *kept]
-
-
-def _project(u, x_proj):
-    """low, B and C side by side, (S, B, L, R + 2 N)."""
-    return torch.bmm(u.flatten(1, 2), x_proj.mT).unflatten(1, u.shape[1:3])
+        return [linear(y, out_proj), *kept]
 
 
 def _split(low_BC, dt_proj, A):
@@ -230,25 +232,25 @@ def _backward(
         if kept:
             x, z, u, low_BC, _ = kept
         else:
-            x, z = (F.linear(tokens, weight) for weight in in_proj.chunk(2))
+            x, z = (linear(tokens, weight) for weight in in_proj.chunk(2))
             u = ops.conv_silu(x, conv_weight, conv_bias, conv_reverse)
-            low_BC = _project(u, x_proj)
+            low_BC = linears(u, x_proj)
         low, B, C = _split(low_BC, dt_proj, A)
         dxz = tokens.new_empty((*tokens.shape[:2], in_proj.shape[0]))
         dx, dz = dxz.chunk(2, -1)
-        dy = dout @ out_proj
+        dy = input_gradient(dout, out_proj)
         y, du, dlow, dB, dC, ddt_proj, ddt_bias, dA, dD = ops.scan_backward(
             dy, u, low, B, C, dt_proj, dt_bias, A, D, z, states, reverse, dz
         )
-        dout_proj = _weight_gradient(dout, y)
-        dlow_BC = torch.cat([dlow, dB, dC], -1).flatten(1, 2)
-        dx_proj = torch.bmm(dlow_BC.mT, u.flatten(1, 2))
-        du = torch.baddbmm(du.flatten(1, 2), dlow_BC, x_proj).view_as(u)
+        dout_proj = weight_gradient(dout, y)
+        dlow_BC = torch.cat([dlow, dB, dC], -1)
+        dx_proj = weight_gradients(dlow_BC, u)
+        add_linears(du, dlow_BC, x_proj.mT)
         dconv_weight, dconv_bias = ops.conv_silu_backward(
             du, x, conv_weight, conv_bias, conv_reverse, dx
         )
-        dtokens = dxz @ in_proj
-        din_proj = _weight_gradient(dxz, tokens)
+        dtokens = input_gradient(dxz, in_proj)
+        din_proj = weight_gradient(dxz, tokens)
     grads = (
         dtokens,
         din_proj,
@@ -262,11 +264,6 @@ def _backward(
         dout_proj,
     )
     return [x.contiguous() for x in grads]
-
-
-def _weight_gradient(dout, x):
-    """Of `F.linear(x, weight)`."""
-    return dout.flatten(0, 1).mT @ x.flatten(0, 1)
 
 
 @_backward.register_fake

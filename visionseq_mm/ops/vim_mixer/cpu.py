@@ -1,9 +1,8 @@
 """The parts of the mixer in Numba."""
 
-import torch
-
 from visionseq_mm.ops.conv1d_silu.cpu import backward as conv_silu_backward
 from visionseq_mm.ops.conv1d_silu.cpu import forward as conv_silu
+from visionseq_mm.ops.linear import linears, weight_gradients
 from visionseq_mm.ops.selective_scan import cpu
 from visionseq_mm.ops.selective_scan.cpu import new_states
 
@@ -20,9 +19,8 @@ def scan_backward(dy, u, low, B, C, dt_proj, dt_bias, A, D, z, states, reverse, 
     y, du, ddt, dA, dB, dC, dD, dbias = cpu.differentiate(
         dy, u, None, low, dt_proj, dt_bias, A, B, C, D, z, states, reverse, dz
     )
-    ddt, low = ddt.flatten(1, 2), low.flatten(1, 2)
-    dlow = torch.bmm(ddt, dt_proj).unflatten(1, u.shape[1:3])
-    ddt_proj = torch.bmm(low.mT, ddt).mT.contiguous()  # the faster order of the two
+    dlow = linears(ddt, dt_proj.mT)
+    ddt_proj = weight_gradients(ddt, low)
     dB, dC, dbias, dA, dD = (
         grad.to(x.dtype) for grad, x in ((dB, B), (dC, C), (dbias, dt_bias), (dA, A), (dD, D))
     )
