@@ -1,14 +1,15 @@
 """Our ops beside other implementations of them, on the same random inputs.
 
 An op of the table OPS is its inputs, our function, and its peers; the first contestant is ours,
-and the others are compared with it: time, memory, result and every gradient.
+and the others are compared with it: time, memory, result and every gradient. `vil_pre` and
+`vil_post` are the parts of `vil_mixer` before and after the cell.
 """
 
 import argparse
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -21,6 +22,8 @@ MODULE = 'benchmarks.ops'
 OURS = 'ours'
 KINDS = ('forward', 'step')
 FIRST_ONLY = 'not run: slow to compile, first shape only'
+HEADS = 4  # of an mLSTM
+EXP, HBM = 'exp', 'HBM'  # exponentials, bytes of memory
 
 BLANK = dict.fromkeys(
     ('peak_mib', 'kept_mib', 'error_out', 'error_grad', 'error_grad_of', 'agrees')
@@ -29,7 +32,7 @@ BLANK = dict.fromkeys(
 
 @dataclass(frozen=True)
 class Shape:
-    """Batch, tokens, (inner) channels, states."""
+    """Batch, tokens, (inner) channels of all heads, states of a scan."""
 
     B: int
     L: int
@@ -47,12 +50,17 @@ class Shape:
         return f'{self.B}×{self.L}×{self.D}'
 
 
-SHAPES = {
-    # Slow contestants are tried at the first; 4097 tokens are those with a class token.
+# Those of the models at 1024×1024 pixels; slow contestants are tried at the first.
+VIM_SHAPES = {
+    # 4097 tokens are those with a class token.
     'cuda': [
         *(Shape(8, L, D) for D in (384, 768) for L in (4096, 4097)),
         Shape(1, 4096, 384),
     ],
+    'cpu': [Shape(1, 4096, 384)],
+}
+VIL_SHAPES = {
+    'cuda': [Shape(8, 4096, HEADS * channels) for channels in (96, 192, 384)],
     'cpu': [Shape(1, 4096, 384)],
 }
 DTYPES = {'cuda': 'bfloat16', 'cpu': 'float32'}
@@ -68,6 +76,7 @@ class Contestant:
         restore: its results to the op's, differentiable.
         backend: of ours, where it is not the one under test.
         slow: takes so long to compile that only the first shape is tried.
+        differs: why its result is another one, where only its time compares.
     """
 
     build: Callable[[peers.Inputs], peers.Call]
@@ -75,6 +84,7 @@ class Contestant:
     restore: Callable[..., Tensor] = lambda out: out
     backend: str | None = None
     slow: bool = False
+    differs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,13 +95,16 @@ class Op:
         inputs: a shape and dtype to random inputs by name.
         contestants: ours first.
         activations: the inputs that are not weights.
-        exps: exponentials of the recurrence in a forward pass, for the floor of a GPU.
+        floor: what a forward pass cannot do without on a GPU, of a shape and the bytes of an
+            element: exponentials or bytes of memory, by what they are a number of.
+        shapes: to try on a kind of device.
     """
 
     inputs: Callable[[Shape, torch.dtype], dict[str, Tensor]]
     contestants: dict[str, Contestant]
     activations: tuple[str, ...]
-    exps: Callable[[Shape], int] | None = None
+    floor: tuple[str, Callable[[Shape, int], int]] | None = None
+    shapes: dict[str, list[Shape]] = field(default_factory=lambda: VIM_SHAPES)
 
 
 # ------------------------------------------------------------------------ inputs
@@ -150,6 +163,60 @@ def mixer_inputs(s: Shape, dtype: torch.dtype):
     return result
 
 
+def mlstm_inputs(s: Shape, dtype: torch.dtype):
+    """Gates in float32, as the layer makes them, forgetting as at the start of training."""
+
+    def gate():
+        return torch.randn(s.B, s.L, HEADS)
+
+    return dict(
+        **{name: torch.randn(s.B, s.L, HEADS, s.D // HEADS).to(dtype) for name in 'qkv'},
+        i=gate(),
+        f=gate() + torch.linspace(3, 6, HEADS),
+    )
+
+
+def _layer(embed_dims, recompute=True):
+    from visionseq_mm.backbones.vil import Path, ViLLayer
+
+    return ViLLayer(embed_dims, 2, (Path(),), shared=False, recompute=recompute)
+
+
+def layer_inputs(s: Shape, dtype: torch.dtype):
+    """Tokens and a ViL layer's parameters; gates, norm and skip stay in float32."""
+    result = dict(tokens=torch.randn(s.B, s.L, s.D // 2).to(dtype))
+    for name, parameter in _layer(s.D // 2).named_parameters():
+        x = parameter.detach() + 0.02 * torch.randn_like(parameter)
+        result[name] = x if name.startswith(('mlstm_cell', 'learnable_skip')) else x.to(dtype)
+    return result
+
+
+def pre_inputs(s: Shape, dtype: torch.dtype):
+    x, E = torch.randn(s.B, s.L, s.D), s.D
+    weights = dict(
+        conv_weight=torch.randn(E, 3, 3) / 3,
+        conv_bias=torch.randn(E),
+        qkv=torch.randn(3, E // 4, 4, 4) / 2,
+        qkv_bias=torch.randn(3, E),
+    )
+    return dict(
+        x=x.to(dtype),
+        **{name: weight.to(dtype) for name, weight in weights.items()},
+        gates=torch.randn(2 * HEADS, 3 * E) / E**0.5,
+        gates_bias=torch.randn(2 * HEADS),
+    )
+
+
+def post_inputs(s: Shape, dtype: torch.dtype):
+    sequences = dict(h=(HEADS, s.D // HEADS), c=(s.D,), z=(s.D,))
+    return dict(
+        **{name: torch.randn(s.B, s.L, *rest).to(dtype) for name, rest in sequences.items()},
+        norm_weight=1 + 0.1 * torch.randn(s.D),
+        norm_bias=torch.randn(s.D),
+        skip=torch.randn(s.D),
+    )
+
+
 # -------------------------------------------------------------------------- ours
 
 
@@ -165,17 +232,124 @@ def ours(name: str) -> Callable[[peers.Inputs], peers.Call]:
     return build
 
 
-def our_mixer(p: peers.Inputs, recompute: bool = True) -> peers.Call:
-    mixer = _mixer(p['tokens'].shape[-1], recompute)
+def _with_parameters(module: nn.Module, p: peers.Inputs) -> nn.Module:
     for name, leaf in p.items():
         if name != 'tokens':
             owner, _, own = name.rpartition('.')
-            setattr(mixer.get_submodule(owner), own, leaf)
+            setattr(module.get_submodule(owner), own, leaf)
+    return module
+
+
+def our_mixer(p: peers.Inputs, recompute: bool = True) -> peers.Call:
+    mixer = _with_parameters(_mixer(p['tokens'].shape[-1], recompute), p)
     return lambda: mixer(p['tokens'])
 
 
-def with_reference(build: Callable[[peers.Inputs], peers.Call]) -> dict[str, Contestant]:
-    return {OURS: Contestant(build), 'reference': Contestant(build, backend='reference')}
+def our_layer(p: peers.Inputs, recompute: bool = True) -> peers.Call:
+    layer = _with_parameters(_layer(p['tokens'].shape[-1], recompute), p)
+    grid = peers.vil_grid(p['tokens'].shape[1])
+    return lambda: layer(p['tokens'], grid)
+
+
+def _parts(x):
+    """The backend's module with the parts of a ViL layer."""
+    from visionseq_mm.ops.vil_mixer import BACKENDS
+
+    return BACKENDS[BACKENDS.select(None, x)]
+
+
+class Pre(torch.autograd.Function):
+    """The part before the cell, with its own backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, taps, conv_bias, qkv, qkv_bias, gates_c, gates_x, gates_bias):
+        ctx.place = peers.vil_grid(x.shape[1]), (1, 1)
+        weights = taps, conv_bias, qkv, qkv_bias, gates_c, gates_x, gates_bias
+        c, *inputs = _parts(x).pre(x, *weights, *ctx.place)
+        ctx.save_for_backward(x, c, taps, conv_bias, qkv, gates_c, gates_x)
+        return c, *inputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, *rest = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        return dx, *_parts(x).pre_backward(*grads, x, *rest, *ctx.place, dx)
+
+
+class Post(torch.autograd.Function):
+    """The part after the cell, with its own backward pass."""
+
+    @staticmethod
+    def forward(ctx, h, c, z, norm_weight, norm_bias, skip):
+        ctx.save_for_backward(h, c, z, norm_weight, norm_bias, skip)
+        return _parts(h).post(h, c, z, norm_weight, norm_bias, skip, 1e-5)
+
+    @staticmethod
+    def backward(ctx, dy):
+        z = ctx.saved_tensors[2]
+        dz = torch.empty_like(z)
+        _, dh, dc, *rest = _parts(z).post_backward(dy, *ctx.saved_tensors, 1e-5, dz)
+        return dh, dc, dz, *rest
+
+
+def part(function: type[torch.autograd.Function]) -> Callable[[peers.Inputs], peers.Call]:
+    return lambda p: lambda: function.apply(*p.values())
+
+
+def fold_gates(p: peers.Inputs) -> peers.Inputs:
+    """Gates of q, k and v as gates of c and x, in the order of `Pre`: once for each layer."""
+    qkv, gates = p['qkv'].float(), p['gates'].unflatten(1, p['qkv'].shape[:3])
+    of_q, of_k, of_v = torch.einsum('jngo,ngod->njgd', gates, qkv)
+    return dict(
+        x=p['x'],
+        taps=p['conv_weight'],
+        **{name: p[name] for name in ('conv_bias', 'qkv', 'qkv_bias')},
+        gates_c=(of_q + of_k).flatten(1),
+        gates_x=of_v.flatten(1),
+        gates_bias=p['gates_bias'] + p['gates'] @ p['qkv_bias'].float().flatten(),
+    )
+
+
+def side_by_side(*results: Tensor) -> Tensor:
+    """(B, L, ·) of several sequences as one."""
+    return torch.cat([x.flatten(2) for x in results], -1)
+
+
+
+
+def with_reference(
+    build: Callable[[peers.Inputs], peers.Call], **adapters: Callable
+) -> dict[str, Contestant]:
+    return {
+        OURS: Contestant(build, **adapters),
+        'reference': Contestant(build, **adapters, backend='reference'),
+    }
+
+
+def mlstm_bytes(s: Shape, size: int) -> int:
+    """q, k, v, gates read and h written once; states of every 256th token written and read."""
+    tokens, sequences, channels = s.B * s.L, s.B * HEADS, s.D // HEADS
+    states = -(-s.L // 256) * sequences * channels * (channels + 1)
+    return size * (4 * tokens * s.D + 2 * states) + 4 * 2 * tokens * HEADS
+
+
+def pre_bytes(s: Shape, size: int) -> int:
+    """x read, c, q, k, v and the gates written."""
+    return s.B * s.L * (5 * s.D * size + 4 * 2 * HEADS)
+
+
+def around_cell(
+    ours: type[torch.autograd.Function], official: Callable, **adapters: Callable
+) -> dict[str, Contestant]:
+    """A part beside the official operations, eager and compiled."""
+    restore = dict(restore=adapters['restore']) if 'restore' in adapters else {}
+    return {
+        **with_reference(part(ours), **adapters),
+        'eager': Contestant(peers.by_name(official), peers.same_dtype, **restore),
+        'torch.compile': Contestant(
+            peers.compiled(official), peers.same_dtype, **restore, slow=True
+        ),
+    }
 
 
 OPS = {
@@ -188,7 +362,7 @@ OPS = {
             ),
         },
         activations=('u', 'dt', 'B', 'C', 'z'),
-        exps=lambda s: s.B * s.L * s.D * s.N,
+        floor=(EXP, lambda s, size: s.B * s.L * s.D * s.N),
     ),
     'bidirectional_scan': Op(
         inputs=lambda s, dtype: scan_inputs(s, dtype, directions=(2,)),
@@ -200,7 +374,7 @@ OPS = {
             'torch.compile': Contestant(peers.compiled(peers.plain_bidirectional), slow=True),
         },
         activations=('u', 'dt', 'B', 'C', 'z'),
-        exps=lambda s: 2 * s.B * s.L * s.D * s.N,
+        floor=(EXP, lambda s, size: 2 * s.B * s.L * s.D * s.N),
     ),
     'conv1d_silu': Op(
         inputs=conv_inputs,
@@ -221,7 +395,48 @@ OPS = {
             'official ops': Contestant(peers.vim_mixer),
         },
         activations=('tokens',),
-        exps=lambda s: 2 * s.B * s.L * s.D * s.N,
+        floor=(EXP, lambda s, size: 2 * s.B * s.L * s.D * s.N),
+    ),
+    'mlstm': Op(
+        inputs=mlstm_inputs,
+        contestants={
+            **with_reference(ours('mlstm')),
+            'mlstm-kernels': Contestant(peers.xl_chunk, peers.heads_first, peers.tokens_first),
+            'fla simple_gla': Contestant(
+                peers.simple_gla,
+                peers.no_input_gate,
+                differs='no input gates, no normaliser',
+            ),
+            'official quadratic': Contestant(peers.quadratic, peers.heads_first, peers.tokens_first),
+            'torch.compile': Contestant(peers.compiled(peers.plain_mlstm), slow=True),
+        },
+        activations=('q', 'k', 'v', 'i', 'f'),
+        floor=(HBM, mlstm_bytes),
+        shapes=VIL_SHAPES,
+    ),
+    'vil_mixer': Op(
+        inputs=layer_inputs,
+        contestants={
+            **with_reference(our_layer),
+            'ours, nothing recomputed': Contestant(partial(our_layer, recompute=False)),
+            'official ops': Contestant(peers.vil_mixer, peers.same_dtype),
+        },
+        activations=('tokens',),
+        shapes=VIL_SHAPES,
+    ),
+    'vil_pre': Op(
+        inputs=pre_inputs,
+        contestants=around_cell(Pre, peers.vil_pre, prepare=fold_gates, restore=side_by_side),
+        activations=('x',),
+        floor=(HBM, pre_bytes),
+        shapes=VIL_SHAPES,
+    ),
+    'vil_post': Op(
+        inputs=post_inputs,
+        contestants=around_cell(Post, peers.vil_post),
+        activations=('h', 'c', 'z'),
+        floor=(HBM, lambda s, size: 4 * s.B * s.L * s.D * size),
+        shapes=VIL_SHAPES,
     ),
 }
 
@@ -272,6 +487,7 @@ class Entry:
             list(self.inputs.values()),
             [g.to(x.dtype) for g, x in zip(self.step(), self.prepared.values(), strict=True)],
             retain_graph=True,
+            materialize_grads=True,  # of an input that this contestant does not take
         )
         return out.detach(), dict(zip(self.inputs, grads, strict=True)), dout
 
@@ -284,6 +500,25 @@ def exp_rate(device: torch.device) -> float | None:
     if not clock or not clock.isdigit():
         return None
     return 16 * torch.cuda.get_device_properties(device).multi_processor_count * int(clock) * 1e6
+
+
+def byte_rate(device: torch.device) -> float | None:
+    """Bytes per second of a GPU's memory, derived: 7/8 of two transfers for each clock."""
+    if device.type != 'cuda':
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    clock = getattr(properties, 'memory_clock_rate', None)  # kHz
+    width = getattr(properties, 'memory_bus_width', None)  # bits
+    return 7 / 8 * 2 * clock * 1e3 * width / 8 if clock and width else None
+
+
+RATES = {EXP: exp_rate, HBM: byte_rate}
+
+
+def floor_ms(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device) -> float | None:
+    """Milliseconds of a forward pass that did only what it cannot do without."""
+    rate = op.floor and RATES[op.floor[0]](device)
+    return op.floor[1](shape, dtype.itemsize) / rate * 1e3 if rate else None
 
 
 def compare(
@@ -324,14 +559,13 @@ def compare(
             continue
         if label == OURS:
             result, grads = own_result, own_grads
-        else:
+        elif not contestant.differs:
             extras[label].update(agreement(own_result, result, own_grads, grads, dtype))
         del own_result, own_grads
         entries[label] = entry
-    rate = exp_rate(device)
-    floor = op.exps(shape) / rate * 1e3 if op.exps and rate else None
     rows = []
     for kind in KINDS:
+        floor = floor_ms(op, shape, dtype, device) if kind == 'forward' else None
         calls = {label: getattr(entry, kind) for label, entry in entries.items()}
         outcomes = {**alternate(calls, device, seconds), **reasons}
         if isinstance(outcomes[OURS], str):
@@ -350,6 +584,8 @@ def compare(
                 backend=common.backend_name(contestant.backend or backend) if own else None,
                 **common.timing_fields(outcomes[label], outcomes[OURS].median),
                 floor_ms=floor,
+                floor_of=None if floor is None else op.floor[0],
+                differs=contestant.differs,
                 **extra,
             )
             rows.append(row)
@@ -401,10 +637,12 @@ def _memory(op, contestant, entry, device):
 def floor_cell(row):
     if row['floor_ms'] is None or row['median_ms'] is None:
         return ''
-    return common.number(row['median_ms'] / row['floor_ms'])
+    return f'{common.number(row["median_ms"] / row["floor_ms"])} ({row["floor_of"]})'
 
 
 def error_cell(row):
+    if row['differs'] and row['status'] == 'ok':
+        return f'not compared: {row["differs"]}'
     if row['error_out'] is None:
         return ''
     text = f'{row["error_out"]:.0e}, {row["error_grad"]:.0e} ({row["error_grad_of"]})'
@@ -417,7 +655,7 @@ COLUMNS = {
     'implementation': lambda row: row['contestant'],
     'ms (20–80 %)': common.timing_cell,
     '× ours': lambda row: common.number(row['ratio']),
-    '× exp floor': floor_cell,
+    '× floor': floor_cell,
     'peak MiB': lambda row: common.number(row['peak_mib']),
     'kept MiB': lambda row: common.number(row['kept_mib']),
     'error of result, worst gradient': error_cell,
@@ -425,7 +663,7 @@ COLUMNS = {
 
 
 def main() -> int:
-    parser = common.parser(MODULE, __doc__.splitlines()[0], minutes=5)
+    parser = common.parser(MODULE, __doc__.splitlines()[0], minutes=8)
     parser.add_argument('--op', nargs='+', default=list(OPS), choices=list(OPS), help=' ')
     parser.add_argument('--backend', help='of ours: auto, reference, cpu or triton')
     parser.add_argument('--peers', nargs='*', help='only these beside ours; none with no name')
@@ -441,15 +679,16 @@ def main() -> int:
     device = common.start(args)
     dtype = getattr(torch, args.dtype or DTYPES[device.type])
     report = common.Report(MODULE, device, args)
-    deadline = Deadline(args.minutes)
-    rate = exp_rate(device)
-    if rate:
-        report.note(f'Floor, derived: {rate / 1e12:.2f}e12 exponentials per second.')
+    # An op has its share of the time and what others leave; its first shape is not to miss.
+    shares = [Deadline(args.minutes * (n + 1) / len(args.op)) for n in range(len(args.op))]
+    for unit, of in (('exponentials', EXP), ('bytes of memory', HBM)):
+        if rate := RATES[of](device):
+            report.note(f'Floor, derived: {rate / 1e12:.2f}e12 {unit} per second.')
     wrong, failed = [], False
-    for name in args.op:
+    for share, name in zip(shares, args.op, strict=True):
         report.table(f'{name}, {str(dtype).removeprefix("torch.")}', COLUMNS)
-        for i, shape in enumerate(args.shape or SHAPES[device.type]):
-            reason = deadline.reason()
+        for i, shape in enumerate(args.shape or OPS[name].shapes[device.type]):
+            reason = (share if i else shares[-1]).reason()
             if reason:
                 report.say(f'{name} {shape}: {reason}')
                 report.data.setdefault('skipped', []).append(f'{name} {shape}: {reason}')

@@ -1,4 +1,4 @@
-"""Other implementations of our ops: CUDA packages where they are installed, and torch.compile.
+"""Other implementations of our ops: GPU packages where they are installed, and torch.compile.
 
 A peer takes its inputs in the layout that it is made for, `prepare`d outside the measured time,
 and its result is `restore`d outside it too. Inputs of one direction of a scan or convolution are
@@ -175,6 +175,128 @@ def vim_mixer(p: Inputs) -> Call:
     return call
 
 
+# ------------------------------------------------- mLSTM: mlstm-kernels, fla, and S × S matrices
+
+
+def heads_first(p: Inputs) -> Inputs:
+    """(B, S, H, ·) as (B, H, S, ·), and the gates alike."""
+    return {name: x.transpose(1, 2) for name, x in p.items()}
+
+
+def tokens_first(h: Tensor) -> Tensor:
+    return h.transpose(1, 2)
+
+
+def xl_chunk(p: Inputs) -> Call:
+    """mlstm-kernels' kernels for long chunks, which compute what ours do."""
+    from mlstm_kernels.torch import get_mlstm_kernel
+
+    kernel = get_mlstm_kernel('chunkwise--triton_xl_chunk')
+    return lambda: kernel(**p, autocast_kernel_dtype=p['q'].dtype)
+
+
+def no_input_gate(p: Inputs) -> Inputs:
+    return {name: x for name, x in p.items() if name != 'i'}
+
+
+def simple_gla(p: Inputs) -> Call:
+    """fla's linear attention with a decay for each token and head."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return lambda: chunk_simple_gla(p['q'], p['k'], p['v'], g=F.logsigmoid(p['f'].float()))[0]
+
+
+def quadratic_mlstm(q, k, v, i, f, eps: float = 1e-6) -> Tensor:
+    """The equations of `visionseq_mm.ops.mlstm` as they stand, heads first: (B, H, S, Dh).
+
+    As the official cell, which has no other form: several S × S matrices for each head.
+    """
+    length = q.shape[2]
+    sums = F.logsigmoid(f.float()).cumsum(-1)
+    D = sums.unsqueeze(-1) - sums.unsqueeze(-2) + i.float().unsqueeze(-2)
+    past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    D = D.masked_fill(~past, -torch.inf)
+    m = D.amax(-1, keepdim=True)
+    C = (q @ k.mT) * q.shape[-1] ** -0.5 * (D - m).exp()
+    n = torch.maximum(C.sum(-1, keepdim=True).abs(), (-m).exp())
+    return (C / (n + eps)).to(v.dtype) @ v
+
+
+def quadratic(p: Inputs) -> Call:
+    return lambda: quadratic_mlstm(**p)
+
+
+# ------------------------------------------------ ViL's whole layer, and what is around its cell
+
+
+def same_dtype(p: Inputs) -> Inputs:
+    """All in the dtype of the first, as a model cast as a whole has it."""
+    dtype = next(iter(p.values())).dtype
+    return {name: x.to(dtype) for name, x in p.items()}
+
+
+def vil_grid(length: int) -> tuple[int, int]:
+    """Rows and columns of so many tokens, as near to a square as they go."""
+    rows = next(n for n in range(int(length**0.5), 0, -1) if length % n == 0)
+    return rows, length // rows
+
+
+def vil_pre(x, conv_weight, conv_bias, qkv, qkv_bias, gates, gates_bias) -> tuple[Tensor, ...]:
+    """By the official operations, channels first for the convolution only; (B, L, ·) each."""
+    image = x.transpose(1, 2).unflatten(2, vil_grid(x.shape[1]))
+    c = F.conv2d(image, conv_weight.unsqueeze(1), conv_bias, padding=1, groups=x.shape[2])
+    c = F.silu(c.flatten(2).transpose(1, 2))
+    q, k, v = (
+        torch.einsum('blgd,god->blgo', of.unflatten(2, (-1, 4)), weight).flatten(2) + bias
+        for of, weight, bias in zip((c, c, x), qkv, qkv_bias, strict=True)
+    )
+    together = torch.cat([q, k, v], -1)
+    i, f = (
+        F.linear(together, *pair)
+        for pair in zip(gates.chunk(2), gates_bias.chunk(2), strict=True)
+    )
+    return c, q, k, v, i, f
+
+
+def vil_post(h, c, z, norm_weight, norm_bias, skip) -> Tensor:
+    """The norm of each head as a group norm of h (B, L, H, Dh), skip and gate."""
+    flat = h.flatten(0, 1).flatten(1)
+    normed = F.group_norm(flat, h.shape[2], norm_weight, norm_bias, eps=1e-5).view_as(c)
+    return (normed + skip * c) * F.silu(z)
+
+
+def by_name(function: Callable) -> Callable[[Inputs], Call]:
+    return lambda p: lambda: function(**p)
+
+
+def vil_mixer(p: Inputs) -> Call:
+    """A layer of version 2; inputs are the tokens and our ViLLayer's parameters."""
+
+    def gates(of):
+        return torch.cat([p[f'mlstm_cell.{name}.{of}'] for name in ('igate', 'fgate')])
+
+    def call():
+        x, z = F.linear(p['tokens'], p['proj_up.weight'], p['proj_up.bias']).chunk(2, -1)
+        projections = ('q_proj', 'k_proj', 'v_proj')
+        c, *qkv, i, f = vil_pre(
+            x,
+            p['conv.weight'].squeeze(1),
+            p['conv.bias'],
+            [p[f'{name}.weight'] for name in projections],
+            [p[f'{name}.bias'] for name in projections],
+            gates('weight'),
+            gates('bias'),
+        )
+        heads = i.shape[2]
+        q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in qkv)
+        h = quadratic_mlstm(q, k, v, i.transpose(1, 2), f.transpose(1, 2)).transpose(1, 2)
+        norm = 1 + p['mlstm_cell.outnorm.weight'], p['mlstm_cell.outnorm.bias']
+        y = vil_post(h, c, z, *norm, p['learnable_skip'])
+        return F.linear(y, p['proj_down.weight'], p['proj_down.bias'])
+
+    return call
+
+
 # ----------------------------------------------------------------- torch.compile
 
 
@@ -236,3 +358,43 @@ def plain_conv(x, weight, bias) -> Tensor:
         y = sum(padded[:, k : k + length] * w[:, k] for k in range(taps))
         outs.append(F.silu(y + bias[direction]).to(x.dtype))
     return torch.stack(outs)
+
+
+def plain_mlstm(q, k, v, i, f, chunk: int = 64, eps: float = 1e-6) -> Tensor:
+    """The mLSTM in chunks, all side by side, and the state before each from those of all.
+
+    The stabilisers cancel but for `eps`, so that they are taken as constants.
+    """
+    length, dtype = q.shape[1], q.dtype
+
+    def in_chunks(x, value=0.0):
+        """(B, S, H, ·) as (B, H, chunks, T, ·) in float32."""
+        pad = (0, 0) * (x.dim() - 2) + (0, -length % chunk)
+        return F.pad(x.float(), pad, value=value).unflatten(1, (-1, chunk)).movedim(3, 1)
+
+    q, k, v = (in_chunks(x) for x in (q, k, v))
+    q = q * q.shape[-1] ** -0.5
+    v1 = F.pad(v, (0, 1), value=1.0)
+    sums = F.logsigmoid(in_chunks(f, 100.0)).flatten(2).cumsum(-1)
+    a = in_chunks(i, -torch.inf).flatten(2) - sums
+    g = a.detach().cummax(-1).values
+    bound = torch.exp(-sums - g).unflatten(2, (-1, chunk))
+    a, g = (x.unflatten(2, (-1, chunk)) for x in (a, g))
+
+    past = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    weight = (a.unsqueeze(-2) - g.unsqueeze(-1)).masked_fill(~past, -torch.inf).exp()
+    num = ((q @ k.mT) * weight) @ v1
+
+    # What chunk d adds to the state before chunk c, weighed by the maximum in it of all before c.
+    last = g[..., -1]
+    own = (k * (a - last.unsqueeze(-1)).exp().unsqueeze(-1)).mT @ v1
+    before = F.pad(last[..., :-1], (1, 0))
+    earlier = torch.ones_like(past[:1, :1]).expand(2 * (last.shape[-1],)).tril(-1)
+    share = (last.unsqueeze(-2) - before.unsqueeze(-1)).masked_fill(~earlier, -torch.inf).exp()
+    state = (share @ own.flatten(-2)).unflatten(-1, own.shape[-2:])
+    # Before the first chunk there is none, and nothing to weigh.
+    num = num + (q * (before.unsqueeze(-1) - g).clamp(max=0).exp().unsqueeze(-1)) @ state
+
+    n = torch.maximum(num[..., -1].abs(), bound) + eps
+    h = (num[..., :-1] / n.unsqueeze(-1)).movedim(1, 3).flatten(1, 2)
+    return h[:, :length].to(dtype)

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip('triton')
 if os.environ.get('TRITON_INTERPRET') == '1':
@@ -14,8 +15,17 @@ if os.environ.get('TRITON_INTERPRET') == '1':
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
+TARGET = GPUTarget('cuda', 90, 32)
+TYPES = {
+    torch.bfloat16: '*bf16',
+    torch.float16: '*fp16',
+    torch.float32: '*fp32',
+    torch.float64: '*fp64',
+    torch.int32: '*i32',
+}
 
 
 def build(kernel, dtype, constants, data=(), odd=(), types=None, **options):
@@ -41,7 +51,55 @@ def build(kernel, dtype, constants, data=(), odd=(), types=None, **options):
         if name not in odd:
             divisible[i,] = [['tt.divisibility', 16]]
     source = ASTSource(kernel, signature, constants, divisible)
-    return triton.compile(source, target=GPUTarget('cuda', 90, 32), options=options)
+    return triton.compile(source, target=TARGET, options=options)
+
+
+def launches(module, fn, *args):
+    """What a function of tensors without data launches: kernels' names, their arguments by name,
+    and the others, such as num_warps.
+    """
+    found = []
+
+    class Kernel:
+        def __init__(self, name, kernel):
+            self.name, self.names = name, kernel.arg_names
+
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, *args, **options):
+            arguments = dict(zip(self.names, args, strict=False))
+            assert not arguments.keys() & options.keys()
+            arguments.update({name: options.pop(name) for name in self.names if name in options})
+            assert arguments.keys() == set(self.names), self.name
+            found.append((self.name, arguments, options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kernel in vars(module).items():
+            if name.endswith('_kernel') and isinstance(kernel, JITFunction):
+                patch.setattr(module, name, Kernel(name, kernel))
+        fn(*args)
+    return found
+
+
+def build_launch(kernel, arguments, options):
+    """The kernel as it is compiled for these arguments."""
+    signature, constants, divisible = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        x = arguments[name]
+        if kernel.params[i].is_constexpr or x is None or (isinstance(x, int) and x == 1):
+            signature[name], constants[name] = 'constexpr', x
+        elif isinstance(x, torch.Tensor):
+            signature[name] = TYPES[x.dtype]
+        else:
+            signature[name] = 'fp32' if isinstance(x, float) else 'i32'
+        if isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0):
+            divisible[i,] = [['tt.divisibility', 16]]
+    divisible = {
+        i: value for i, value in divisible.items() if kernel.arg_names[i[0]] not in constants
+    }
+    source = ASTSource(kernel, signature, constants, divisible)
+    return triton.compile(source, target=TARGET, options=options)
 
 
 def disassemble(compiled, tmp_path):

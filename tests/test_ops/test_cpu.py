@@ -13,7 +13,8 @@ from visionseq_mm.ops import vim_mixer
 
 pytest.importorskip('numba')
 
-from visionseq_mm.ops import simd, threads
+from visionseq_mm.ops import simd, threads, tiles
+from visionseq_mm.ops.mlstm import cpu as mlstm_cpu
 from visionseq_mm.ops.selective_scan import cpu as scan_cpu
 
 
@@ -70,6 +71,44 @@ def test_lane_sums(dtype):
     np.testing.assert_allclose(out, x.sum(1), rtol=1e-5)
 
 
+@simd.jit
+def _products(c, a, b, turned, out, x, y):
+    rows, columns, depth = c.shape[0], c.shape[1], b.shape[0]
+    tiles.product(c[0:rows, 0:columns], a[0:rows, 0:depth], b[0:depth, 0:columns])
+    tiles.add_product(c[0:rows, 0:columns], turned[0:depth, 0:rows].T, b[0:depth, 0:columns])
+    tiles.transpose(out[0:columns, 0 : out.shape[1]], c[0:rows, 0:columns])
+    lanes = 64 // c.itemsize
+    tiles.dots(
+        y, x[::-1, 0 : x.shape[1]], x[::-1, 0 : x.shape[1]], np.empty((lanes, lanes), c.dtype)
+    )
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+@pytest.mark.parametrize(('rows', 'vectors', 'depth'), [(1, 1, 1), (4, 13, 5), (19, 6, 33)])
+def test_tiles(dtype, rows, vectors, depth):
+    """Any rows and depth, columns in whole vectors."""
+    lanes = 64 // np.dtype(dtype).itemsize
+    generator = np.random.default_rng(0)
+
+    def new(*shape):
+        return generator.normal(size=shape).astype(dtype)
+
+    columns, padded = vectors * lanes, -(-rows // lanes) * lanes
+    c, a, b, turned = (
+        np.full((rows, columns), np.nan, dtype),
+        new(rows, depth),
+        new(depth, columns),
+        new(depth, rows),
+    )
+    out, x, y = np.full((columns, padded), np.nan, dtype), new(rows, columns), new(padded)
+    _products(c, a, b, turned, out, x, y)
+    precision = dict(rtol=0, atol=1e-4 if dtype == np.float32 else 1e-12)
+    np.testing.assert_allclose(c, (a + turned.T) @ b, **precision)
+    np.testing.assert_array_equal(out[:, :rows], c.T)
+    assert (out[:, rows:] == 0).all()
+    np.testing.assert_allclose(y[:rows], (x * x).sum(1)[::-1], rtol=1e-4)
+
+
 @pytest.mark.parametrize(('dtype', 'ratio'), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize('count', [1, 2, 5])
 def test_equals_the_reference_on_any_number_of_threads(dtype, ratio, count):
@@ -91,6 +130,17 @@ def test_scan_does_not_depend_on_the_number_of_threads():
         out, states = scan_cpu.forward(u, u, A, B, B, None, z, None, [False, True])
         grads = scan_cpu.backward(out, u, u, A, B, B, None, z, None, states, [False, True])
         results.append([out, states, *grads])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_cell_does_not_depend_on_the_number_of_threads():
+    q, k, v = torch.randn(3, 2, 300, 3, 24)
+    i, f = torch.randn(2, 2, 300, 3)
+    results = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        h, sums = mlstm_cpu.forward(q, k, v, i, f, True, 1e-6)
+        results.append([h, sums, *mlstm_cpu.backward(h, q, k, v, i, f, h, sums, True, 1e-6)])
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 

@@ -128,6 +128,24 @@ def store(typing, array, index, value):
 
 
 @intrinsic
+def prefetch(typing, array, index):
+    """Has what is around array[index] brought to the nearest cache; it need not be there."""
+
+    def generate(context, builder, signature, args):
+        pointer = builder.bitcast(
+            _pointer(context, builder, signature, args), ir.IntType(8).as_pointer()
+        )
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type] + [number] * 3)
+        function = cgutils.get_or_insert_function(builder.module, kind, 'llvm.prefetch.p0i8')
+        to_read, to_keep, data = number(0), number(3), number(1)
+        builder.call(function, (pointer, to_read, to_keep, data))
+        return context.get_dummy_value()
+
+    return types.void(array, index), generate
+
+
+@intrinsic
 def broadcast(typing, array, index):
     """array[index] in every lane."""
     vector = Vector(array.dtype)

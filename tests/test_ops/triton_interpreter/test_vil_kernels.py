@@ -14,7 +14,7 @@ EPS = 1e-5
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several programs, steps of each, and channels beside those of the last tile."""
-    small = dict(TOKENS=32, FEWER=16, CHANNELS=64, TOKENS_DX=16, NORM_TILE=64, FULL=4)
+    small = dict(FULL=4, TOKENS_WEIGHTS=16, CHANNELS=32, CHANNELS_WIDE=16, NORM_TILE=128)
     for name, value in small.items():
         monkeypatch.setattr(kernels, name, value)
 
@@ -26,7 +26,8 @@ def layer(B, grid, E, H, kernel, dtype=torch.float32, reverse=False):
     else:
         origin = kernel[0] // 2, kernel[1] // 2
     L = grid[0] * grid[1]
-    shapes = [(B, L, E), (E, *kernel), (E,), (3, E // 4, 4, 4), (3, E), *[(2 * H, E)] * 2, (2 * H,)]
+    shapes = [(B, L, E), (E, *kernel), (E,), (3, E // 4, 4, 4), (3, E)]
+    shapes += [*[(2 * H, E)] * 2, (2 * H,)]
     grads = [(B, L, E), *[(B, L, H, E // H)] * 3, *[(B, L, H)] * 2]
     x, taps, conv_bias, qkv, qkv_bias, *gates, dc, dq, dk, dv, di, df = normal(*shapes, *grads)
     gates[0], gates[1] = gates[0] / E**0.5, gates[1] / E**0.5
@@ -101,7 +102,7 @@ def post_backward(parts, args, dy, dz=None):
 
 
 @pytest.mark.parametrize('dtype', RATIO)
-@pytest.mark.parametrize('L, E, H', [(1, 8, 2), (15, 24, 1), (63, 8, 1), (65, 96, 4)])
+@pytest.mark.parametrize('L, E, H', [(1, 8, 2), (15, 24, 1), (63, 8, 1), (17, 96, 4)])
 def test_post(L, E, H, dtype):
     args, dy = norm(2, L, E, H, dtype)
     expected = reference.post(*wide(args))
@@ -159,7 +160,7 @@ def test_nan_spreads_as_far_as_the_taps():
     assert c.isnan().sum() == 6
     for part in (q, k):
         assert torch.equal(part.isnan().flatten(2), around.view(1, -1, 1) & in_block(5, 24))
-    assert torch.equal(v.isnan().flatten(2).nonzero()[:, 1:], torch.tensor([[26, n] for n in range(4, 8)]))
+    assert v.isnan().flatten(2).nonzero().tolist() == [[0, 26, n] for n in range(4, 8)]
     for gate in (i, f):
         assert torch.equal(gate.isnan(), around.view(1, -1, 1).expand(gate.shape))
 
@@ -172,7 +173,7 @@ def test_nan_in_the_backward():
     args, grads = layer(1, (6, 9), 24, 2, (3, 3))
     grads[3][0, 26, 0, 5] = torch.nan  # of v
     dx, dtaps, dconv_bias, dqkv, dqkv_bias, *_ = pre_backward(kernels, args, grads)
-    assert torch.equal(dx.isnan().nonzero()[:, 1:], torch.tensor([[26, n] for n in range(4, 8)]))
+    assert dx.isnan().nonzero().tolist() == [[0, 26, n] for n in range(4, 8)]
     assert not dtaps.isnan().any() and not dconv_bias.isnan().any()
     assert dqkv.isnan().nonzero().tolist() == [[2, 1, 1, n] for n in range(4)]
     assert dqkv_bias.isnan().nonzero().tolist() == [[2, 5]]

@@ -53,7 +53,7 @@ WIDE = 128
 TILE, ROWS_OF_WIDE, TILE_OF_FLOAT32 = 64, 128, 32
 # Channels of a block, or half where one or three halves do.
 BLOCK = 64
-COLUMNS = 3  # blocks of a program's values: with a tile's rows, accumulators of 96 registers
+BLOCKS = 3  # blocks of a program's values: with a tile's rows, accumulators of 96 registers
 AHEAD = 8  # chunks whose states are under way while the carry passes one after the other
 CARRIED = 1024  # elements of a state, or of its normaliser, that a program carries
 
@@ -144,26 +144,26 @@ def _stabilisers(gates, M, t, T: tl.constexpr):
 
 
 @triton.jit
-def _zeros(ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+def _zeros(ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     blocks = ()
-    for _ in tl.static_range(COLUMNS):
+    for _ in tl.static_range(BLOCKS):
         blocks = blocks + (tl.zeros([ROWS, BLOCK], tl.float32),)
     return blocks
 
 
 @triton.jit
-def _columns(matrix, i, i_end, j, j_end, COLUMNS: tl.constexpr):
+def _tiles(matrix, i, i_end, j, j_end, BLOCKS: tl.constexpr):
     """Blocks of columns, j those of the first one."""
     blocks = ()
-    for c in tl.static_range(COLUMNS):
+    for c in tl.static_range(BLOCKS):
         blocks = blocks + (_tile(matrix, i, i_end, j + c * j.shape[0], j_end),)
     return blocks
 
 
 @triton.jit
-def _add_products(x, columns, sums, COLUMNS: tl.constexpr):
+def _add_products(x, columns, sums, BLOCKS: tl.constexpr):
     blocks = ()
-    for c in tl.static_range(COLUMNS):
+    for c in tl.static_range(BLOCKS):
         blocks = blocks + (tl.dot(x, columns[c], sums[c], input_precision='ieee'),)
     return blocks
 
@@ -189,10 +189,10 @@ def _states_kernel(
     BACKWARD: tl.constexpr,
     Dh: tl.constexpr,
     T: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    HEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """A chunk's own state Σ_j w_j x_jᵀ [z_j, e_j]: of k, v and 1, or backwards of q, dh and e.
@@ -206,14 +206,14 @@ def _states_kernel(
     x = _transposed(_sequence(x_ptr, n, H, x_batch, x_token, x_head, chunk * T))
     z = _sequence(z_ptr, n, H, z_batch, z_token, z_head, chunk * T)
     gates, marks = gates_ptr + at * 3 * T, marks_ptr + at * 3
-    d = tl.program_id(0) // SPLITS * HEIGHT + tl.arange(0, HEIGHT)
-    column = split * COLUMNS * BLOCK + tl.arange(0, BLOCK)
-    state = _zeros(HEIGHT, BLOCK, COLUMNS)
-    norm = tl.zeros([HEIGHT], tl.float32)
+    d = tl.program_id(0) // SPLITS * ROWS + tl.arange(0, ROWS)
+    column = split * BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    state = _zeros(ROWS, BLOCK, BLOCKS)
+    norm = tl.zeros([ROWS], tl.float32)
     for first in range(0, end, TILE):
         t = first + tl.arange(0, TILE)
         x_tile = _tile(x, d, Dh, t, end)
-        values = _columns(z, t, end, column, Dh, COLUMNS)
+        values = _tiles(z, t, end, column, Dh, BLOCKS)
         if BACKWARD:
             M = tl.load(marks + 2)
             rows = rows_ptr + at * 5 * T + t
@@ -223,9 +223,9 @@ def _states_kernel(
         else:
             weighted = x_tile * _exp2(tl.load(gates + t) - tl.load(marks + 1))[None, :]
             norm += tl.sum(weighted, 1)
-        state = _add_products(weighted.to(x_tile.dtype), values, state, COLUMNS)
+        state = _add_products(weighted.to(x_tile.dtype), values, state, BLOCKS)
     states_ptr += at * Dh * Dh + d[:, None] * Dh
-    for c in tl.static_range(COLUMNS):
+    for c in tl.static_range(BLOCKS):
         j = column + c * BLOCK
         store(states_ptr + j[None, :], state[c], (d < Dh)[:, None] & (j < Dh)[None, :])
     if split == 0:
@@ -354,7 +354,7 @@ def _attend(
     T: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """A tile of rows of one of the four attentions as blocks of columns, and its weights' sums.
 
@@ -366,14 +366,14 @@ def _attend(
     d = tl.arange(0, BLOCK)
     i = first + tl.arange(0, ROWS)
     total = tl.zeros([ROWS], tl.float32)
-    out = _zeros(ROWS, BLOCK, COLUMNS)
+    out = _zeros(ROWS, BLOCK, BLOCKS)
 
     for start in range(0, depth, BLOCK):
         x_tile = _tile(x, i, end, start + d, Dh)
         if OF == 'h':
             total += tl.sum(x_tile * load(norm + start + d, start + d < Dh)[None, :], 1)
-        blocks = _columns(state, start + d, Dh, column, Dh, COLUMNS)
-        out = _add_products(x_tile, blocks, out, COLUMNS)
+        blocks = _tiles(state, start + d, Dh, column, Dh, BLOCKS)
+        out = _add_products(x_tile, blocks, out, BLOCKS)
     if LATER:
         gate = tl.load(gates + i)
         across = _exp2(gate - G)
@@ -384,7 +384,7 @@ def _attend(
         bias = tl.load(rows + T + i)
     total *= across
     scaled = ()
-    for c in tl.static_range(COLUMNS):
+    for c in tl.static_range(BLOCKS):
         block = out[c]
         if OF == 'dq' or OF == 'dk':
             channel = column + c * BLOCK
@@ -396,6 +396,7 @@ def _attend(
     high, factor = _parts(gate)
     for first_j in range(first if LATER else 0, end if LATER else first + ROWS, TILE):
         j = first_j + tl.arange(0, TILE)
+        values = _tiles(z, j, end, column, Dh, BLOCKS)
         scores = tl.zeros([ROWS, TILE], tl.float32)
         for start in range(0, Dh, BLOCK):
             x_tile = _tile(x, i, end, start + d, Dh)
@@ -417,10 +418,9 @@ def _attend(
         else:
             pairs = i[:, None] <= j[None, :]
         weights = tl.where(pairs, scores, 0)
-        values = _columns(z, j, end, column, Dh, COLUMNS)
         if OF == 'h':
             total += tl.sum(weights, 1)
-        out = _add_products(weights.to(values[0].dtype), values, out, COLUMNS)
+        out = _add_products(weights.to(values[0].dtype), values, out, BLOCKS)
     return out, total
 
 
@@ -457,7 +457,7 @@ def _output_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """h and the sums of C's rows."""
@@ -474,17 +474,17 @@ def _output_kernel(
     state = (states_ptr + at * Dh * Dh, Dh, 1)
     M = tl.load(marks_ptr + at * 3 + 2)
     depth = tl.where(chunk > 0, Dh, 0)
-    column = split * COLUMNS * BLOCK + tl.arange(0, BLOCK)
+    column = split * BLOCKS * BLOCK + tl.arange(0, BLOCK)
     if first < end:
         here = gates, columns_ptr + at * 2 * T, gates, M, M, first, end, column
         out, total = _attend(
-            q, k, v, state, norms_ptr + at * Dh, depth, here, 'h', Dh, T, ROWS, TILE, COLUMNS
+            q, k, v, state, norms_ptr + at * Dh, depth, here, 'h', Dh, T, ROWS, TILE, BLOCKS
         )
         i = first + tl.arange(0, ROWS)
         total *= scale
         bound = _exp2(-tl.load(gates + 2 * T + i) - _stabilisers(gates, M, i, T))
         r = scale / (_greater(tl.abs(total), bound) + eps)
-        for c in tl.static_range(COLUMNS):
+        for c in tl.static_range(BLOCKS):
             j = column + c * BLOCK
             mask = (i < end)[:, None] & (j < Dh)[None, :]
             store(h_ptr + i[:, None] * h_token + j[None, :], out[c] * r[:, None], mask)
@@ -564,7 +564,7 @@ def _gradient(
     T: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Stores a tile of dq, dk or dv; of dq and dk also the products with q and k.
 
@@ -574,19 +574,19 @@ def _gradient(
     BLOCK: tl.constexpr = column.shape[0]
     i = first + tl.arange(0, ROWS)
     if OF != 'dv':
-        r, diagonal = tl.load(rows + i), tl.load(rows + T + i)
+        diagonal = tl.load(rows + T + i)
         d = tl.arange(0, BLOCK)
         for start in range(0, Dh, BLOCK):
             x_tile = _tile(x, i, end, start + d, Dh).to(tl.float32)
             diagonal += tl.sum(x_tile * _tile(y, i, end, start + d, Dh), 1)
-        diagonal *= scale * r * _exp2(tl.load(gates + i) - _stabilisers(gates, M, i, T))
+        diagonal *= scale * tl.load(rows + i) * _exp2(tl.load(gates + i) - _stabilisers(gates, M, i, T))
         without, whole = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    out, _ = _attend(x, y, z, state, norm, depth, here, OF, Dh, T, ROWS, TILE, COLUMNS)
-    for c in tl.static_range(COLUMNS):
+    out, _ = _attend(x, y, z, state, norm, depth, here, OF, Dh, T, ROWS, TILE, BLOCKS)
+    for c in tl.static_range(BLOCKS):
         j = column + c * BLOCK
         block = out[c] * scale
         if OF == 'dq':
-            block *= r[:, None]
+            block *= tl.load(rows + i)[:, None]
         if OF != 'dv':
             other_tile = _tile(other, i, end, j, Dh).to(tl.float32)
             without += tl.sum(block * other_tile, 1)
@@ -642,7 +642,7 @@ def _gradients_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """dq, dk and dv, by neighbours, which share what they read."""
@@ -660,7 +660,7 @@ def _gradients_kernel(
     M = tl.load(marks_ptr + at * 3 + 2)
     G = _greater(M, tl.load(marks_ptr + at * 3 + 1))
     sums = sums_ptr + (at * SPLITS + split) * 3 * T
-    column = split * COLUMNS * BLOCK + tl.arange(0, BLOCK)
+    column = split * BLOCKS * BLOCK + tl.arange(0, BLOCK)
     here = gates, columns_ptr + at * 2 * T, rows, M, G, first, end, column
     before = (states_ptr + at * Dh * Dh, 1, Dh)
     after = (dstates_ptr + at * Dh * Dh, 1, Dh)
@@ -685,7 +685,7 @@ def _gradients_kernel(
                 T,
                 ROWS,
                 TILE,
-                COLUMNS,
+                BLOCKS,
             )
         else:
             norm = dnorms_ptr + at * Dh
@@ -709,7 +709,7 @@ def _gradients_kernel(
                     T,
                     ROWS,
                     TILE,
-                    COLUMNS,
+                    BLOCKS,
                 )
             else:
                 dv = _sequence(dv_ptr, n, H, grad_batch, grad_token, grad_head, chunk * T)
@@ -731,7 +731,7 @@ def _gradients_kernel(
                     T,
                     ROWS,
                     TILE,
-                    COLUMNS,
+                    BLOCKS,
                 )
 
 
@@ -837,13 +837,13 @@ class _Cell:
         block = BLOCK if half and triton.cdiv(Dh, BLOCK // 2) not in (1, 3) else BLOCK // 2
         block = min(block, max(16, triton.next_power_of_2(Dh)))
         blocks = triton.cdiv(Dh, block)
-        self.splits = triton.cdiv(blocks, COLUMNS)
+        self.splits = triton.cdiv(blocks, BLOCKS)
         self.tiles = dict(
             self.of_head,
             ROWS=min(T, (ROWS_OF_WIDE if wide else TILE) if half else TILE_OF_FLOAT32),
             TILE=min(T, TILE if half else TILE_OF_FLOAT32),
             BLOCK=block,
-            COLUMNS=triton.cdiv(blocks, self.splits),
+            BLOCKS=triton.cdiv(blocks, self.splits),
             SPLITS=self.splits,
             num_warps=self.warps,
         )
@@ -898,8 +898,7 @@ class _Cell:
                 self.H,
                 self.chunks,
                 BACKWARD=backward,
-                HEIGHT=height,
-                **self.tiles,
+                **dict(self.tiles, ROWS=height),
             )
         blocks = triton.cdiv(Dh * Dh, CARRIED) + triton.cdiv(Dh, CARRIED)
         borders = self.new(self.chunks, blocks) if backward else None

@@ -12,8 +12,8 @@ import torch
 from visionseq_mm.ops import threads
 from visionseq_mm.ops.channels import Channels
 from visionseq_mm.ops.common import widest_dtype
-from visionseq_mm.ops.mlstm.reference import backward as cell_backward
-from visionseq_mm.ops.mlstm.reference import forward as cell
+from visionseq_mm.ops.mlstm.cpu import backward as cell_backward
+from visionseq_mm.ops.mlstm.cpu import forward as cell
 from visionseq_mm.ops.simd import (
     BYTES,
     broadcast,
@@ -23,6 +23,7 @@ from visionseq_mm.ops.simd import (
     lane_sum,
     lane_sums,
     load,
+    prefetch,
     sigmoid,
     splat,
     spread,
@@ -35,7 +36,9 @@ ROWS = 16  # tokens between which the weights of a stripe stay in the nearest ca
 STRIPE = 8  # vectors of channels
 TASKS = 32  # at most, since each has its share of the sums
 
-# An inlined function with a loop or a branch would count references to its arrays at each call.
+# An inlined function with a loop may count references to its arrays at each call, which takes
+# longer than a vector of channels; the taps' loops are therefore the kernels' own. The processor
+# does not foresee that a stripe goes on with the next token, and is told.
 
 
 @inline
@@ -65,6 +68,12 @@ def _find_neighbours(near, counts, moves, grid, begin, end):
                 near[n - begin, count, 1] = n + down * columns + right
                 count += 1
         counts[n - begin] = count
+
+
+@inline
+def _furthest(near, counts, i):
+    """The last of the tokens of near[i]."""
+    return max(near[i, 0, 1], near[i, counts[i] - 1, 1])
 
 
 @inline
@@ -121,7 +130,13 @@ def _pre(
         for stripe in range(0, E, STRIPE * lanes):
             for n in range(begin, end):
                 i = n - begin
+                ahead = _furthest(near, counts, i) + 1
                 for d in range(stripe, min(stripe + STRIPE * lanes, E), lanes):
+                    prefetch(x, (ahead, d))
+                    prefetch(c, (n + 1, d))
+                    prefetch(q, (n + 1, d))
+                    prefetch(k, (n + 1, d))
+                    prefetch(v, (n + 1, d))
                     before = load(conv_bias, (d,))
                     for at in range(counts[i]):
                         tap, token = near[i, at, 0], near[i, at, 1]
@@ -179,15 +194,18 @@ def _before(
             for stripe in range(0, E, STRIPE * lanes):
                 for n in range(begin, end):
                     i = n - begin
+                    ahead = _furthest(near, counts, i) + 1
                     for d in range(stripe, min(stripe + STRIPE * lanes, E), lanes):
+                        prefetch(x, (ahead, d))
+                        prefetch(dc, (n + 1, d))
+                        prefetch(dq, (n + 1, d))
+                        prefetch(dk, (n + 1, d))
+                        prefetch(c, (n + 1, d))
+                        prefetch(g, (n + 1, d))
                         before = load(conv_bias, (d,))
                         for at in range(counts[i]):
                             tap, token = near[i, at, 0], near[i, at, 1]
                             before = fma(load(taps, (tap, d)), load(x, (token, d)), before)
-                        share = sigmoid(before)
-                        store(g, (n, d), share * (1.0 + (before - before * share)))
-                for n in range(begin, end):
-                    for d in range(stripe, min(stripe + STRIPE * lanes, E), lanes):
                         c_n, dq_n, dk_n = load(c, (n, d)), load(dq, (n, d)), load(dk, (n, d))
                         of_c = spread(c_n)
                         _add_blocks(dqkv, dq_n, of_c, task, 0, d)
@@ -200,7 +218,8 @@ def _before(
                             dgate = broadcast(dgates, (n, j))
                             total = fma(dgate, load(gates_c, (j, d)), total)
                             _add_product(dgates_c, (task, j, d), dgate, c_n)
-                        total = total * load(g, (n, d))
+                        share = sigmoid(before)
+                        total = total * (share * (1.0 + (before - before * share)))
                         store(g, (n, d), total)
                         _add(dconv_bias, (task, d), total)
 
@@ -242,7 +261,12 @@ def _through(
             for stripe in range(0, E, STRIPE * lanes):
                 for n in range(begin, end):
                     i = n - begin
+                    ahead = _furthest(near, counts, i) + 1
                     for d in range(stripe, min(stripe + STRIPE * lanes, E), lanes):
+                        prefetch(g, (ahead, d))
+                        prefetch(dv, (n + 1, d))
+                        prefetch(x, (n + 1, d))
+                        prefetch(dx, (n + 1, d))
                         x_n, dv_n = load(x, (n, d)), load(dv, (n, d))
                         _add_blocks(dqkv, dv_n, spread(x_n), task, 2, d)
                         _add(dqkv_bias, (task, 2, d), dv_n)
@@ -277,8 +301,8 @@ def _finish(channels, x, like):
 
 
 def _place(channels, out, *shape):
-    """A tensor for a kernel to write, the memory of `out` itself where that can be."""
-    if out.dtype == channels.dtype and channels.width == channels.count:
+    """A tensor for a kernel to write, the memory of `out` itself where it can be."""
+    if out.dtype == channels.dtype and out.stride(-1) == 1 and channels.width == channels.count:
         return out.reshape(*shape, channels.count)
     return channels.new(*shape)
 
@@ -388,8 +412,8 @@ def pre_backward(
 
 
 @inline
-def _statistics(h, inside, n, head, width):
-    """Mean, and 1 over the square root of variance plus eps."""
+def _statistics(h, inside, n, head, width, eps):
+    """Mean, and 1 over the square root of variance plus eps; `inside` is 0 where h is padded."""
     lanes = BYTES // h.itemsize
     total = load(h, (n, head, 0))
     for d in range(lanes, h.shape[2], lanes):
@@ -399,7 +423,7 @@ def _statistics(h, inside, n, head, width):
     for d in range(0, h.shape[2], lanes):
         difference = load(h, (n, head, d)) - mean
         total = fma(difference, difference * load(inside, (d,)), total)
-    return mean, lane_sum(total) / width
+    return mean, 1.0 / math.sqrt(lane_sum(total) / width + eps)
 
 
 @jit
@@ -408,8 +432,7 @@ def _post(first, last, size, h, c, z, weight, bias, skip, inside, width, eps, y)
     lanes = BYTES // h.itemsize
     for n in range(first * size, min(last * size, N)):
         for head in range(H):
-            mean, variance = _statistics(h, inside, n, head, width)
-            r = 1.0 / math.sqrt(variance + eps)
+            mean, r = _statistics(h, inside, n, head, width, eps)
             for d in range(0, W, lanes):
                 normalized = (load(h, (n, head, d)) - mean) * r
                 total = fma(normalized, load(weight, (head, d)), load(bias, (head, d)))
@@ -449,8 +472,7 @@ def _post_backward(
         dskip[task] = 0
         for n in range(task * size, min((task + 1) * size, N)):
             for head in range(H):
-                mean, variance = _statistics(h, inside, n, head, width)
-                r = 1.0 / math.sqrt(variance + eps)
+                mean, r = _statistics(h, inside, n, head, width, eps)
                 ones = splat(load(skip, (0, 0)), 0.0)
                 products = ones
                 for d in range(0, W, lanes):
@@ -466,10 +488,9 @@ def _post_backward(
                     store(dz, (n, head, d), dy_n * before * (share * (1.0 + (gate - silu))))
                     g = dy_n * silu
                     store(dc, (n, head, d), g * s)
-                    at = task, head, d
-                    store(dskip, at, fma(g, c_n, load(dskip, at)))
-                    store(dbias, at, g + load(dbias, at))
-                    store(dweight, at, fma(g, normalized, load(dweight, at)))
+                    _add_product(dweight, (task, head, d), g, normalized)
+                    _add(dbias, (task, head, d), g)
+                    _add_product(dskip, (task, head, d), g, c_n)
                     g = g * w
                     store(dh, (n, head, d), g)
                     ones = ones + g

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 (Triton has no starred expressions)
 """The parts of the layer in Triton: two kernels forward, three backward, beside those of the cell.
 
 Forward, a program takes a tile of tokens through all channels, so that it can finish the gates:
@@ -25,18 +26,17 @@ from visionseq_mm.ops.triton_common import dense_row, load, row, sigmoid, store,
 
 __all__ = ['cell', 'cell_backward', 'post', 'post_backward', 'pre', 'pre_backward']
 
-# Tokens of a tile. What a thread holds of them shares what it loads of the weights.
-TOKENS = 64
+# Of a program: what a thread holds of the tokens shares what it loads of the weights.
+TOKENS = 32
 FEWER = 16  # where that many would leave processors idle
 WIDTH = 8  # of a tile, and the rest is its height: little of it is a margin
 CHANNELS = 64
-
-# Of the kernel that sums for each tap: few, as every thread has all the sums.
-TOKENS_DX = 32
-CHANNELS_DX = 32
+CHANNELS_DX = 32  # few, as a thread has the sums of all taps
+TOKENS_WEIGHTS = 64  # and CHANNELS; float32, for its registers, has less
+TOKENS_WIDE, CHANNELS_WIDE = 16, 32
 
 NORM_TILE = 1024  # elements
-FULL = 132 * 4  # programs that keep a large GPU busy
+FULL = 132 * 2  # programs that keep a large GPU busy
 
 
 @triton.jit
@@ -112,7 +112,8 @@ def _lanes(x):
 
 
 @triton.jit
-def _blocks(
+def _add_blocks(
+    y,
     x,
     weight_ptr,
     n: tl.constexpr,
@@ -121,17 +122,20 @@ def _blocks(
     CHANNELS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """Each four channels of x (T, C) times their n-th matrix, (·, 4, 4, E / 4), [out, in]."""
-    x = _lanes(x)
-    y = ()
+    """y (T or 1, C) + each four channels of x (T, C) times their n-th matrix.
+
+    Of weight (·, 4, 4, E / 4), [out, in] of each.
+    """
+    x, y = _lanes(x), _lanes(y)
+    z = ()
     for o in tl.static_range(4):
-        y_o = tl.zeros_like(x[0])
+        z_o = y[o]
         for d in tl.static_range(4):
             at = n * 16 + (d * 4 + o if TRANSPOSED else o * 4 + d)
-            y_o += _vector(weight_ptr, at, start // 4, E // 4, CHANNELS // 4) * x[d]
-        y = y + (y_o,)
-    y = tl.join(tl.join(y[0], y[2]), tl.join(y[1], y[3]))
-    return tl.reshape(y, [y.shape[0], CHANNELS])
+            z_o += _vector(weight_ptr, at, start // 4, E // 4, CHANNELS // 4) * x[d]
+        z = z + (z_o,)
+    z = tl.join(tl.join(z[0], z[2]), tl.join(z[1], z[3]))
+    return tl.reshape(z, [z.shape[0], CHANNELS])
 
 
 @triton.jit
@@ -201,13 +205,16 @@ def _pre_kernel(
         )
         c = a * sigmoid(a)
         store(c_ptr + at, c, mask)
-        q = _blocks(c, qkv_ptr, 0, start, E, CHANNELS, False)
-        store(q_ptr + at, q + _vector(qkv_bias_ptr, 0, start, E, CHANNELS), mask)
-        k = _blocks(c, qkv_ptr, 1, start, E, CHANNELS, False)
-        store(k_ptr + at, k + _vector(qkv_bias_ptr, 1, start, E, CHANNELS), mask)
+        q = _vector(qkv_bias_ptr, 0, start, E, CHANNELS)
+        q = _add_blocks(q, c, qkv_ptr, 0, start, E, CHANNELS, False)
+        store(q_ptr + at, q, mask)
+        k = _vector(qkv_bias_ptr, 1, start, E, CHANNELS)
+        k = _add_blocks(k, c, qkv_ptr, 1, start, E, CHANNELS, False)
+        store(k_ptr + at, k, mask)
         x = load(x_ptr + i[:, None] * x_token + d[None, :], mask)
-        v = _blocks(x, qkv_ptr, 2, start, E, CHANNELS, False)
-        store(v_ptr + at, v + _vector(qkv_bias_ptr, 2, start, E, CHANNELS), mask)
+        v = _vector(qkv_bias_ptr, 2, start, E, CHANNELS)
+        v = _add_blocks(v, x, qkv_ptr, 2, start, E, CHANNELS, False)
+        store(v_ptr + at, v, mask)
         at = j[None, :] * E + d[:, None]
         mask = mask_j[None, :] & mask_d[:, None]
         gates = tl.dot(c, load(gates_c_ptr + at, mask), gates, input_precision=PRECISION)
@@ -315,9 +322,11 @@ def _g_kernel(
             CHANNELS,
         )
         g = load(dc_ptr + at, mask)
+        dq = load(dq_ptr + at, mask)
+        g = _add_blocks(g, dq, qkv_ptr, 0, start, E, CHANNELS, True)
+        dk = load(dk_ptr + at, mask)
+        g = _add_blocks(g, dk, qkv_ptr, 1, start, E, CHANNELS, True)
         g = _add_gates(g, di_ptr, df_ptr, gates_c_ptr, i, here, start, E, H, CHANNELS)
-        g += _blocks(load(dq_ptr + at, mask), qkv_ptr, 0, start, E, CHANNELS, True)
-        g += _blocks(load(dk_ptr + at, mask), qkv_ptr, 1, start, E, CHANNELS, True)
         gate = sigmoid(a)
         store(g_ptr + at, g * gate * (1 + a * (1 - gate)), mask)
 
@@ -382,7 +391,7 @@ def _dx_kernel(
         of_taps = now
         at = i[:, None] * E + d[None, :]
         dv = load(dense_row(dv_ptr, b, first, h * w, E) + at, mask)
-        dx += _blocks(dv, qkv_ptr, 2, start, E, CHANNELS, True)
+        dx = _add_blocks(dx, dv, qkv_ptr, 2, start, E, CHANNELS, True)
         di = dense_row(di_ptr, b, first, h * w, H)
         df = dense_row(df_ptr, b, first, h * w, H)
         dx = _add_gates(dx, di, df, gates_x_ptr, i, here, start, E, H, CHANNELS)
@@ -432,7 +441,7 @@ def _weights_kernel(
     # Tensor cores sum as well, here sixteen times.
     ones = tl.full([16, TOKENS], 1, dq_ptr.dtype.element_ty)
     for first in range(tl.program_id(1) * TOKENS, N, tl.num_programs(1) * TOKENS):
-        token = first.to(tl.int64) + i
+        token = first + i.to(tl.int64)
         here = token < N
         mask = here[:, None] & mask_d[None, :]
         at = token[:, None] * E + d[None, :]
@@ -504,15 +513,15 @@ def _post_kernel(
     skip = load(skip_ptr + d, mask_d)[None, :]
     i = tl.arange(0, TOKENS)
     for first in range(tl.program_id(1) * TOKENS, N, tl.num_programs(1) * TOKENS):
-        begin = tl.zeros([], tl.int64) + first
-        mask = (first + i < N)[:, None] & mask_d[None, :]
-        at = i[:, None] * E + d[None, :]
-        h = load((h_ptr + begin * E) + at, mask)
-        c = load((c_ptr + begin * E) + at, mask)
-        z = load((z_ptr + begin * z_token) + i[:, None] * z_token + d[None, :], mask)
+        token = (first + i.to(tl.int64))[:, None]
+        mask = (token < N) & mask_d[None, :]
+        at = token * E + d[None, :]
+        h = load(h_ptr + at, mask)
+        c = load(c_ptr + at, mask)
+        z = load(z_ptr + token * z_token + d[None, :], mask)
         h, _ = _normalize(h, mask_d[None, :], eps, Dh)
         y = (h * weight + bias + skip * c) * (z * sigmoid(z))
-        store((y_ptr + begin * E) + at, y, mask)
+        store(y_ptr + at, y, mask)
 
 
 @triton.jit
@@ -550,29 +559,28 @@ def _post_backward_kernel(
     of_bias = tl.zeros([TOKENS, BLOCK], tl.float32)
     of_skip = tl.zeros([TOKENS, BLOCK], tl.float32)
     for first in range(tl.program_id(1) * TOKENS, N, tl.num_programs(1) * TOKENS):
-        begin = tl.zeros([], tl.int64) + first
-        mask = (first + i < N)[:, None] & mask_d[None, :]
-        at = i[:, None] * E + d[None, :]
-        h = load((h_ptr + begin * E) + at, mask)
-        c = load((c_ptr + begin * E) + at, mask)
-        z = load((z_ptr + begin * z_token) + i[:, None] * z_token + d[None, :], mask)
-        dy = load((dy_ptr + begin * dy_token) + i[:, None] * dy_token + d[None, :], mask)
+        token = (first + i.to(tl.int64))[:, None]
+        mask = (token < N) & mask_d[None, :]
+        at = token * E + d[None, :]
+        h = load(h_ptr + at, mask)
+        c = load(c_ptr + at, mask)
+        z = load(z_ptr + token * z_token + d[None, :], mask)
+        dy = load(dy_ptr + token * dy_token + d[None, :], mask)
         h, r = _normalize(h, mask_d[None, :], eps, Dh)
         before = h * weight + bias + skip * c
         gate = sigmoid(z)
-        store((y_ptr + begin * E) + at, before * (z * gate), mask)
+        store(y_ptr + at, before * (z * gate), mask)
         dz = dy * before * gate * (1 + z * (1 - gate))
-        dz_at = i[:, None] * dz_token + d[None, :]
-        store((dz_ptr + begin * dz_token) + dz_at, dz, mask)
+        store(dz_ptr + token * dz_token + d[None, :], dz, mask)
         dy *= z * gate
-        store((dc_ptr + begin * E) + at, dy * skip, mask)
+        store(dc_ptr + at, dy * skip, mask)
         of_weight += dy * h
         of_bias += dy
         of_skip += dy * c
         dh = dy * weight
         along = tl.sum(dh * h, 1) / Dh
         dh = r * (dh - (tl.sum(dh, 1) / Dh)[:, None] - h * along[:, None])
-        store((dh_ptr + begin * E) + at, dh, mask)
+        store(dh_ptr + at, dh, mask)
     sums_ptr += tl.program_id(1).to(tl.int64) * 3 * E + d
     tl.store(sums_ptr, tl.sum(of_weight, 0), mask=mask_d)
     tl.store(sums_ptr + E, tl.sum(of_bias, 0), mask=mask_d)
@@ -612,7 +620,7 @@ def _weights(taps, qkv):
 
 
 def _tile_tokens(batch, length):
-    return TOKENS if batch * triton.cdiv(length, TOKENS) >= FULL // 2 else FEWER
+    return TOKENS if batch * triton.cdiv(length, TOKENS) >= FULL else FEWER
 
 
 def pre(x, taps, conv_bias, qkv, qkv_bias, gates_c, gates_x, gates_bias, grid, origin):
@@ -658,6 +666,7 @@ def pre_backward(
     x, dq, dk, dv, di, df = unit_stride(x), *(d.contiguous() for d in (dq, dk, dv, di, df))
     B, L, E = x.shape
     H = di.shape[2]
+    kernel = taps[0].numel()
     g = x.new_empty((B, L, E))
     packed_taps, blocks = _weights(taps, qkv)
     with torch.cuda.device_of(x):
@@ -680,10 +689,10 @@ def pre_backward(
             CHANNELS=CHANNELS,
         )
 
-        constants, tiles = _on_grid(x, taps, origin, H, grid, TOKENS_DX)
+        constants, tiles = _on_grid(x, taps, origin, H, grid, TOKENS if kernel <= 25 else FEWER)
         channels = triton.cdiv(E, CHANNELS_DX)
         programs = min(B * tiles, triton.cdiv(FULL, channels))
-        of_taps = x.new_empty((programs, 1 + taps[0].numel(), E), dtype=torch.float32)
+        of_taps = x.new_empty((programs, 1 + kernel, E), dtype=torch.float32)
         _dx_kernel[channels, programs](
             g,
             dv,
@@ -702,31 +711,34 @@ def pre_backward(
             B * tiles,
             **constants,
             CHANNELS=CHANNELS_DX,
-            num_warps=4 if taps[0].numel() <= 9 else 8,
+            num_warps=4 if kernel <= 9 else 8,
         )
 
-        tokens = _tokens(x)
-        channels = triton.cdiv(E, CHANNELS)
-        programs = min(triton.cdiv(B * L, TOKENS), triton.cdiv(FULL // 2, channels))
+        tokens, channels = TOKENS_WEIGHTS, CHANNELS
+        if x.dtype == torch.float32:
+            tokens, channels = TOKENS_WIDE, CHANNELS_WIDE
+        columns = triton.cdiv(E, channels)
+        programs = min(triton.cdiv(B * L, tokens), triton.cdiv(FULL, columns))
         sizes = 12 * E, 3 * E, 2 * H * E, 2 * H * E, 2 * H
         sums = x.new_empty((programs, sum(sizes)), dtype=torch.float32)
-        _weights_kernel[channels, programs](
+        x = _flat(x)
+        _weights_kernel[columns, programs](
             dq,
             dk,
             dv,
             di,
             df,
             c.contiguous(),
-            tokens,
+            x,
             sums,
-            tokens.stride(0),
-            B * L,
+            x.stride(0),
+            len(x),
             sums.shape[1],
             E=E,
             H=H,
             **_dots(x, H),
-            TOKENS=TOKENS,
-            CHANNELS=CHANNELS,
+            TOKENS=tokens,
+            CHANNELS=channels,
             num_stages=2,
         )
     of_taps = of_taps.sum(0)
@@ -747,11 +759,11 @@ def _norm_constants(h):
     B, L, H, Dh = h.shape
     block = triton.next_power_of_2(Dh)
     tokens = max(1, NORM_TILE // block)
-    programs = min(triton.cdiv(B * L, tokens), triton.cdiv(4 * FULL, H))
+    programs = min(triton.cdiv(B * L, tokens), triton.cdiv(8 * FULL, H))
     return dict(Dh=Dh, BLOCK=block, TOKENS=tokens), (H, programs)
 
 
-def _tokens(x):
+def _flat(x):
     """(B·L, E), a view where the strides allow it."""
     return unit_stride(x.flatten(0, 1))
 
@@ -760,7 +772,7 @@ def post(h, c, z, norm_weight, norm_bias, skip, eps):
     """See `reference.post`."""
     constants, grid = _norm_constants(h)
     y = torch.empty_like(c, memory_format=torch.contiguous_format)
-    z = _tokens(z)
+    z = _flat(z)
     with torch.cuda.device_of(h):
         _post_kernel[grid](
             h.contiguous(),
@@ -782,7 +794,7 @@ def post_backward(dy, h, c, z, norm_weight, norm_bias, skip, eps, dz):
     """See `reference.post_backward`."""
     constants, grid = _norm_constants(h)
     y, dh, dc = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (c, h, c))
-    dy, z, dz = _tokens(dy), _tokens(z), dz.view(-1, c.shape[2])
+    dy, z, dz = _flat(dy), _flat(z), dz.view(-1, c.shape[2])
     sums = y.new_empty((grid[1], 3, c.shape[2]), dtype=torch.float32)
     with torch.cuda.device_of(h):
         _post_backward_kernel[grid](
