@@ -1,4 +1,4 @@
-"""Vim beside DeiT with plain and with fused attention: images per second and peak memory."""
+"""Vim and ViL beside DeiT with plain and with fused attention: images per second, peak memory."""
 
 import math
 import sys
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import common, memory
-from benchmarks.models import PRECISIONS, RECOMPUTE, Runner
+from benchmarks.models import OURS, PRECISIONS, RECOMPUTE, Runner
 from benchmarks.timing import Deadline, Stopwatch, Timing, alternate, explain
 
 MODULE = 'benchmarks.backbones'
-MODELS = ['vim-tiny', 'deit-tiny:sdpa', 'deit-tiny:naive']
+MODELS = ['vim-tiny', 'vil-tiny', 'deit-tiny:sdpa', 'deit-tiny:naive']
 DEFAULTS = {
     'cuda': dict(
-        models=[*MODELS, 'vim-small', 'deit-small:sdpa', 'deit-small:naive'],
+        models=[*MODELS, 'vim-small', 'vil-small', 'deit-small:sdpa', 'deit-small:naive'],
         sizes=[224, 512, 1024, 1248, 2048],
         batches=['1', 'max'],
         precision='bfloat16',
@@ -66,6 +66,9 @@ def compare(
         r.label: lambda r=r: r.pass_(kind)(images[r.label]) for r in runnable if r.label in peaks
     }
     outcomes = {**alternate(calls, device, seconds), **reasons}
+    for runner in runners:
+        if isinstance(outcomes[runner.label], Timing):
+            outcomes[runner.label] = outcomes[runner.label].times(runner.repeats)
     first = outcomes[runners[0].label]
     rows = []
     for runner in runners:
@@ -145,16 +148,16 @@ def crossings(rows: list[dict], ours: str, peer: str, kind: str) -> dict[str, st
 
 
 def pairs(labels: list[str]) -> Iterator[tuple[str, str]]:
-    """Each Vim with each DeiT of its size."""
+    """Each Vim and ViL with each DeiT of its size."""
     for ours in labels:
         for peer in labels:
-            arch = ours.partition(':')[0].removeprefix('vim-')
-            if ours.startswith('vim-') and peer.startswith(f'deit-{arch}'):
+            family, _, arch = ours.partition(':')[0].partition('-')
+            if family in OURS and peer.startswith(f'deit-{arch}'):
                 yield ours, peer
 
 
 def recompute_labels(label: str) -> list[str]:
-    """A Vim at each level of recomputation."""
+    """A model of ours at each level of recomputation."""
     kept = [part for part in label.split(':') if part not in RECOMPUTE]
     return [':'.join([*kept, level]) for level in RECOMPUTE]
 
@@ -174,7 +177,7 @@ COLUMNS = {
 def main() -> int:
     parser = common.parser(MODULE, __doc__, minutes=5)
     add = parser.add_argument
-    add('--models', nargs='+', help='FAMILY-ARCH[:OPTION…]: vim-tiny:reference, deit-tiny:naive')
+    add('--models', nargs='+', help='FAMILY-ARCH[:OPTION…]: vil-tiny:reference, deit-tiny:naive')
     add('--sizes', nargs='*', type=int, help='pixels of a side, multiples of 16')
     add('--batches', nargs='+', help="numbers, or 'max': the largest power of two (GPU)")
     add('--passes', nargs='+', default=['forward', 'step'], choices=['forward', 'step'], help=' ')
@@ -208,7 +211,7 @@ def main() -> int:
     # The rows of most interest first, should the time run out.
     if args.recompute:
         report.table(f'Recomputation, {args.precision}', COLUMNS)
-        for label in dict.fromkeys(a for a in args.models if a.startswith('vim-')):
+        for label in (label for label, runner in runners.items() if runner.ours):
             if begin(f'recomputation of {label}'):
                 group = [Runner(x, device, args.precision) for x in recompute_labels(label)]
                 measure('recompute', group, args.recompute, args.recompute_batch, 'step')

@@ -20,7 +20,7 @@ from visionseq_mm.ops.dispatch import ENV
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
     *('visionseq_mm', 'torch', 'triton', 'numpy', 'numba', 'timm'),
-    *('mamba_ssm', 'causal_conv1d'),
+    *('mamba_ssm', 'causal_conv1d', 'mlstm_kernels', 'fla-core'),
 )
 
 

@@ -315,8 +315,6 @@ def side_by_side(*results: Tensor) -> Tensor:
     return torch.cat([x.flatten(2) for x in results], -1)
 
 
-
-
 def with_reference(
     build: Callable[[peers.Inputs], peers.Call], **adapters: Callable
 ) -> dict[str, Contestant]:
@@ -407,7 +405,9 @@ OPS = {
                 peers.no_input_gate,
                 differs='no input gates, no normaliser',
             ),
-            'official quadratic': Contestant(peers.quadratic, peers.heads_first, peers.tokens_first),
+            'official quadratic': Contestant(
+                peers.quadratic, peers.heads_first, peers.tokens_first
+            ),
             'torch.compile': Contestant(peers.compiled(peers.plain_mlstm), slow=True),
         },
         activations=('q', 'k', 'v', 'i', 'f'),

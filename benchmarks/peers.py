@@ -252,8 +252,7 @@ def vil_pre(x, conv_weight, conv_bias, qkv, qkv_bias, gates, gates_bias) -> tupl
     )
     together = torch.cat([q, k, v], -1)
     i, f = (
-        F.linear(together, *pair)
-        for pair in zip(gates.chunk(2), gates_bias.chunk(2), strict=True)
+        F.linear(together, *pair) for pair in zip(gates.chunk(2), gates_bias.chunk(2), strict=True)
     )
     return c, q, k, v, i, f
 

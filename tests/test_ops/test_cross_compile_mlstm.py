@@ -66,11 +66,11 @@ REGISTERS = {  # of a thread, for heads of 96 and of 384 channels
 def test_half_precision(name, Dh, which, tmp_path):
     """Products on the tensor cores of a warp group, and nothing that does not fit registers.
 
-    But for the wide gradients' few addresses, outside their loops.
+    But for a few values of the wide gradients, which lie outside of the loops.
     """
     for sass, registers, stack in compiled(name, tmp_path, Dh, torch.bfloat16):
         assert registers <= REGISTERS[name][which]
-        assert stack <= (32 if (name, Dh) == ('gradients', 384) else 0)
+        assert stack <= (48 if (name, Dh) == ('gradients', 384) else 0)
         assert ('HGMMA' in sass) == (name in PRODUCTS)
         assert ' HMMA' not in sass
 

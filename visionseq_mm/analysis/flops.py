@@ -14,7 +14,9 @@ from visionseq_mm.ops.vim_mixer import projection_flops
 
 
 def _read(value):
-    """A tensor's shape, or what a constant is; None where the trace does not say."""
+    """A tensor's shape, what a constant is, a list of them; None where the trace does not say."""
+    if value.node().kind() == 'prim::ListConstruct':
+        return [_read(x) for x in value.node().inputs()]
     return value.type().sizes() if value.isCompleteTensor() else value.toIValue()
 
 
@@ -50,6 +52,7 @@ HANDLES = {
     'visionseq_mm::selective_scan': _scan,
     'visionseq_mm::conv1d_silu': _halved('conv1d_silu'),
     'visionseq_mm::mlstm': _halved('mlstm'),
+    'visionseq_mm::vil_mixer': _halved('vil_mixer'),
     'visionseq_mm::sec_attention': _attention,
     'visionseq_mm::sec_partition': None,
 }

@@ -6,7 +6,14 @@ to be in the table that every analyser starts with.
 
 import importlib
 
-_COUNTED = ('vim_mixer', 'selective_scan', 'conv1d_silu', 'mlstm', 'sec_attention')
+_COUNTED = (
+    'vim_mixer',
+    'selective_scan',
+    'conv1d_silu',
+    'vil_mixer',
+    'mlstm',
+    'sec_attention',
+)
 
 
 def _handle(name):

@@ -21,8 +21,14 @@ def _on_onednn(*tensors):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x weightᵀ + bias, (…, M) and (N, M) to (…, N)."""
     if _on_onednn(x, weight):
+        x, weight = _dense(x), _dense(weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     return F.linear(x, weight, bias)
+
+
+def _dense(x):
+    """Columns of a wider tensor take oneDNN hundreds of times as long."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
 def linears(x: Tensor, weight: Tensor) -> Tensor:
@@ -56,4 +62,6 @@ def weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
 
 def weight_gradients(dout: Tensor, x: Tensor) -> Tensor:
     """Of `linears`: (S, …, N) and (S, …, M) to (S, N, M)."""
-    return linears(dout.flatten(1, -2).mT, x.flatten(1, -2).mT)
+    if _on_onednn(dout, x):
+        return torch.stack([weight_gradient(*pair) for pair in zip(dout, x, strict=True)])
+    return torch.bmm(dout.flatten(1, -2).mT, x.flatten(1, -2))

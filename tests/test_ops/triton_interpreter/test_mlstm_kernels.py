@@ -8,6 +8,8 @@ from visionseq_mm.ops import mlstm
 from visionseq_mm.ops.mlstm import triton as kernels
 
 RATIO = 1e-5
+# Of weights above the diagonal, before they are masked.
+pytestmark = pytest.mark.filterwarnings('ignore:.*encountered in:RuntimeWarning')
 
 
 @pytest.fixture(autouse=True)

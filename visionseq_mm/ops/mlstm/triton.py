@@ -19,24 +19,31 @@ own, and then all rows follow at once. With r_i = 1 / (n_i + eps), δ_i = dh_i·
 `reference`'s dsum = r e, output and gradients are one and the same attention of rows x to columns
 y with values z, but for a factor 1/√Dh (and r_i of h and dq):
 
-              x    y    z    weight of a column        from the state
-    h_i       q_i  k_j  v_j  exp(a_j − g_i) x·y        exp(M − g_i) x state
-    dq_i      dh_i v_j  k_j  exp(a_j − g_i) (x·y + e_i)        exp(M − g_i) [x, e_i] stateᵀ
-    dk_j      v_j  dh_i q_i  exp(a_j − g_i) r_i (x·y + e_i)    exp(a_j − G) [x, 1] dstateᵀ
-    dv_j      k_j  q_i  dh_i exp(a_j − g_i) r_i x·y            exp(a_j − G) x dstate
+            x     y     z     weight of a column               from the state
+    h_i     q_i   k_j   v_j   exp(a_j − g_i) x·y               exp(M − g_i) x state
+    dq_i    dh_i  v_j   k_j   exp(a_j − g_i) (x·y + e_i)       exp(M − g_i) [x, e_i] stateᵀ
+    dk_j    v_j   dh_i  q_i   exp(a_j − g_i) r_i (x·y + e_i)   exp(a_j − G) [x, 1] dstateᵀ
+    dv_j    k_j   q_i   dh_i  exp(a_j − g_i) r_i x·y           exp(a_j − G) x dstate
 
     dstate ← exp(M − G) dstate + Σ_i exp(M − g_i) r_i q_iᵀ [dh_i, e_i]        backwards
 
-With E_ij, the gradient of a weight's logarithm, that of F_t's own gate is the sum of E over all
-pairs with t between them, i ≥ t > j. Over the last token of a chunk this is state · dstate, and
-from there q·dq and k·dk, both without the diagonal, lead to the other tokens of the chunk: the
-sums are short.
+With E_ij the gradient of a weight's logarithm, that of log σ(f_t) is the sum of E over all pairs
+with this gate between them, i ≥ t > j. At the end of a chunk it is state · dstate, and from there
+q·dq and k·dk, both without the diagonal, lead to the tokens of the chunk: the sums are short.
 
-Gates are float64, in units of log 2. Tiles take them as pairs of float32, so that differences
-are exact. All sums are in a fixed order: the same bits every time.
+Gates are float64, in units of log 2, and their differences float32. Tiles of weights take them in
+two parts of float32, so that these differences are exact. All sums are in a fixed order: the same
+bits every time.
 
 B batch, S tokens, H heads, N = B·H sequences, Dh channels of a head, T tokens of a chunk. A
-direction is the sign of the tokens' strides.
+direction is the sign of the tokens' strides; what the kernels keep is in the order of the scan:
+
+    gates (N, chunks, 3, T)      a, its maximum up to here in the chunk, F
+    columns (N, chunks, 2, T)    a in two parts
+    marks (N, chunks, 3)         F and top of the chunk, M
+    rows (N, chunks, 5, T)       r, e, dm as in `reference`, −g in two parts, the latter times r
+    states (N, chunks, Dh, Dh)   in the inputs' type; those of the ones are the `norms`
+    sums (N, chunks, ·, 3, T)    Σ_j E_tj, Σ_i E_it without the diagonal, and the latter with it
 """
 
 import torch
@@ -92,7 +99,7 @@ def _exp2(x):
 
 @triton.jit
 def _parts(x):
-    """Float32 whose product high, 2^high · factor = 2^x, tells differences of x exactly."""
+    """2^x as 2^high · factor in float32; differences of `high` are exact where they are small."""
     high = x.to(tl.float32)
     return high, _exp2(tl.where(x == high, 0, x - high))
 
@@ -264,7 +271,7 @@ def _carry(
         for c in tl.static_range(AHEAD):
             inside = start + c < chunks
             at = chunks - 1 - start - c if BACKWARD else start + c
-            own = own + (load(own_ptr + at * stride, mask & inside),)
+            own = own + (load(own_ptr + at * stride, mask & (start + c + 1 < chunks)),)
             tops = tops + (tl.load(marks_ptr + at * 3 + 1, mask=inside, other=0),)
             if BACKWARD:
                 stabilisers = stabilisers + (
@@ -350,17 +357,18 @@ def _attend(
     depth,
     here,
     OF: tl.constexpr,
-    Dh: tl.constexpr,
-    T: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
-    """A tile of rows of one of the four attentions as blocks of columns, and its weights' sums.
+    """A tile of rows of one of the four attentions, as blocks of columns, and h's sums of weights.
 
-    dq and dk leave out the diagonal. `depth` is Dh, or 0 where the state is.
+    dq and dk leave out the diagonal. `depth` is Dh, or 0 where the state is 0.
     """
     gates, columns, rows, M, G, first, end, column = here
+    Dh: tl.constexpr = SIZES[0]
+    T: tl.constexpr = SIZES[1]
+    ROWS: tl.constexpr = SIZES[2]
+    TILE: tl.constexpr = SIZES[3]
+    BLOCKS: tl.constexpr = SIZES[4]
     BLOCK: tl.constexpr = column.shape[0]
     LATER: tl.constexpr = OF == 'dk' or OF == 'dv'
     d = tl.arange(0, BLOCK)
@@ -394,7 +402,8 @@ def _attend(
     out = scaled
 
     high, factor = _parts(gate)
-    for first_j in range(first if LATER else 0, end if LATER else first + ROWS, TILE):
+    last = end if LATER else tl.minimum(end, first + ROWS)
+    for first_j in range(first if LATER else 0, last, TILE):
         j = first_j + tl.arange(0, TILE)
         values = _tiles(z, j, end, column, Dh, BLOCKS)
         scores = tl.zeros([ROWS, TILE], tl.float32)
@@ -476,10 +485,9 @@ def _output_kernel(
     depth = tl.where(chunk > 0, Dh, 0)
     column = split * BLOCKS * BLOCK + tl.arange(0, BLOCK)
     if first < end:
+        SIZES: tl.constexpr = (Dh, T, ROWS, TILE, BLOCKS)
         here = gates, columns_ptr + at * 2 * T, gates, M, M, first, end, column
-        out, total = _attend(
-            q, k, v, state, norms_ptr + at * Dh, depth, here, 'h', Dh, T, ROWS, TILE, BLOCKS
-        )
+        out, total = _attend(q, k, v, state, norms_ptr + at * Dh, depth, here, 'h', SIZES)
         i = first + tl.arange(0, ROWS)
         total *= scale
         bound = _exp2(-tl.load(gates + 2 * T + i) - _stabilisers(gates, M, i, T))
@@ -560,17 +568,14 @@ def _gradient(
     sums,
     scale,
     OF: tl.constexpr,
-    Dh: tl.constexpr,
-    T: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
-    """Stores a tile of dq, dk or dv; of dq and dk also the products with q and k.
-
-    `sums` are Σ_j E_ij and Σ_i E_ij without the diagonal, and the latter with it.
-    """
+    """Stores a tile of dq, dk or dv; of dq and dk also the sums of E, products with `other`."""
     gates, _, rows, M, _, first, end, column = here
+    Dh: tl.constexpr = SIZES[0]
+    T: tl.constexpr = SIZES[1]
+    ROWS: tl.constexpr = SIZES[2]
+    BLOCKS: tl.constexpr = SIZES[4]
     BLOCK: tl.constexpr = column.shape[0]
     i = first + tl.arange(0, ROWS)
     if OF != 'dv':
@@ -579,9 +584,11 @@ def _gradient(
         for start in range(0, Dh, BLOCK):
             x_tile = _tile(x, i, end, start + d, Dh).to(tl.float32)
             diagonal += tl.sum(x_tile * _tile(y, i, end, start + d, Dh), 1)
-        diagonal *= scale * tl.load(rows + i) * _exp2(tl.load(gates + i) - _stabilisers(gates, M, i, T))
+        diagonal *= (
+            scale * tl.load(rows + i) * _exp2(tl.load(gates + i) - _stabilisers(gates, M, i, T))
+        )
         without, whole = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    out, _ = _attend(x, y, z, state, norm, depth, here, OF, Dh, T, ROWS, TILE, BLOCKS)
+    out, _ = _attend(x, y, z, state, norm, depth, here, OF, SIZES)
     for c in tl.static_range(BLOCKS):
         j = column + c * BLOCK
         block = out[c] * scale
@@ -661,6 +668,7 @@ def _gradients_kernel(
     G = _greater(M, tl.load(marks_ptr + at * 3 + 1))
     sums = sums_ptr + (at * SPLITS + split) * 3 * T
     column = split * BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    SIZES: tl.constexpr = (Dh, T, ROWS, TILE, BLOCKS)
     here = gates, columns_ptr + at * 2 * T, rows, M, G, first, end, column
     before = (states_ptr + at * Dh * Dh, 1, Dh)
     after = (dstates_ptr + at * Dh * Dh, 1, Dh)
@@ -668,71 +676,17 @@ def _gradients_kernel(
         if of == 0:
             dq = _sequence(dq_ptr, n, H, grad_batch, grad_token, grad_head, chunk * T)
             norm, depth = norms_ptr + at * Dh, tl.where(chunk > 0, Dh, 0)
-            _gradient(
-                dh,
-                v,
-                k,
-                q,
-                dq,
-                before,
-                norm,
-                depth,
-                here,
-                sums,
-                scale,
-                'dq',
-                Dh,
-                T,
-                ROWS,
-                TILE,
-                BLOCKS,
-            )
+            _gradient(dh, v, k, q, dq, before, norm, depth, here, sums, scale, 'dq', SIZES)
         else:
             norm = dnorms_ptr + at * Dh
             depth = tl.where(chunk + 1 < tl.num_programs(1), Dh, 0)
             if of == 1:
                 dk = _sequence(dk_ptr, n, H, grad_batch, grad_token, grad_head, chunk * T)
-                _gradient(
-                    v,
-                    dh,
-                    q,
-                    k,
-                    dk,
-                    after,
-                    norm,
-                    depth,
-                    here,
-                    sums,
-                    scale,
-                    'dk',
-                    Dh,
-                    T,
-                    ROWS,
-                    TILE,
-                    BLOCKS,
-                )
+                _gradient(v, dh, q, k, dk, after, norm, depth, here, sums, scale, 'dk', SIZES)
             else:
                 dv = _sequence(dv_ptr, n, H, grad_batch, grad_token, grad_head, chunk * T)
                 after = _transposed(after)
-                _gradient(
-                    k,
-                    q,
-                    dh,
-                    v,
-                    dv,
-                    after,
-                    norm,
-                    depth,
-                    here,
-                    sums,
-                    scale,
-                    'dv',
-                    Dh,
-                    T,
-                    ROWS,
-                    TILE,
-                    BLOCKS,
-                )
+                _gradient(k, q, dh, v, dv, after, norm, depth, here, sums, scale, 'dv', SIZES)
 
 
 @triton.jit
@@ -768,8 +722,8 @@ def _gate_gradients_kernel(
 ):
     """di and df of a chunk, from its last token to the first.
 
-    A maximum's gradient, Σ dm over the run of rows that share it, goes to the token that set it.
-    At a forget gate within the run, it is that of the rows from there on.
+    A maximum's gradient is Σ dm over the run of rows that share it, and goes to the token that
+    set it. A forget gate after that token gets dm of the run's rows from there on.
     """
     chunk, n = tl.program_id(0), tl.program_id(1)
     chunks = tl.num_programs(0)
@@ -867,7 +821,6 @@ class _Cell:
 
     def walk(self, x):
         """A (B, S, H, ·) from its first token in the order of the scan, and its strides."""
-        x = unit_stride(x) if x.dim() == 4 else x
         batch, token, head = x.stride()[:3]
         return (x[:, -1:], batch, -token, head) if self.reverse else (x, batch, token, head)
 
@@ -920,6 +873,7 @@ class _Cell:
 def forward(q, k, v, i, f, reverse, eps):
     """h (B, S, H, Dh) and the sums Σ_j C_ij (B·H, S) in the order of the scan."""
     h = v.new_empty(v.shape)
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     with torch.cuda.device_of(q):
         call = _Cell(q, i, f, reverse)
         sums = call.new(call.S)
@@ -946,6 +900,7 @@ def forward(q, k, v, i, f, reverse, eps):
 def backward(dh, q, k, v, i, f, h, sums, reverse, eps):
     """Gradients of q, k, v, i and f."""
     dq, dk, dv, di, df = (x.new_empty(x.shape) for x in (q, k, v, i, f))
+    dh, q, k, v = (unit_stride(x) for x in (dh, q, k, v))
     scale = q.shape[-1] ** -0.5
     with torch.cuda.device_of(q):
         call = _Cell(q, i, f, reverse)

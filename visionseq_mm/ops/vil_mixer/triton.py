@@ -1,16 +1,17 @@
 # ruff: noqa: RUF005 (Triton has no starred expressions)
-"""The parts of the layer in Triton: two kernels forward, three backward, beside those of the cell.
-
-Forward, a program takes a tile of tokens through all channels, so that it can finish the gates:
+"""The parts of the layer in Triton: before and after the cell one kernel each, backward four.
 
     a = conv(x)     c = SiLU(a)     q, k = blocks(c)     v = blocks(x)     [i, f] = c Wcᵀ + x Wxᵀ
 
-Backward, one takes a few channels through many tiles, so that it can sum gradients of weights:
-first g, the gradient of a, with those of all that depends on c, then
+A program takes a tile of tokens through all channels, so that it can finish the gates, and so
+does one of the backward to g, the gradient of a. One of the next goes with a few channels through
+many tiles, for the sums over tokens that the gradient of the taps is, and to
 
     dx = convᵀ(g) + blocksᵀ(dv) + [di, df] Wx
 
-with the rest. Programs store their sums, torch adds them: no atomics, the same bits every time.
+The other weights get theirs from products of whole tiles. What would be lean in a single pass has
+too many sums for the registers of one. Programs store their sums, torch adds them: no atomics,
+the same bits every time.
 
 B batch, L = h·w tokens, E channels in E / 4 blocks, H heads of Dh channels, T tokens of a tile.
 """
@@ -26,14 +27,14 @@ from visionseq_mm.ops.triton_common import dense_row, load, row, sigmoid, store,
 
 __all__ = ['cell', 'cell_backward', 'post', 'post_backward', 'pre', 'pre_backward']
 
-# Of a program: what a thread holds of the tokens shares what it loads of the weights.
+# Of a tile. The more tokens a thread has, the less it loads weights.
 TOKENS = 32
 FEWER = 16  # where that many would leave processors idle
-WIDTH = 8  # of a tile, and the rest is its height: little of it is a margin
+WIDTH = 8  # of the grid, and the rest is its height: a tile of little margin
 CHANNELS = 64
 CHANNELS_DX = 32  # few, as a thread has the sums of all taps
-TOKENS_WEIGHTS = 64  # and CHANNELS; float32, for its registers, has less
-TOKENS_WIDE, CHANNELS_WIDE = 16, 32
+TOKENS_WEIGHTS = 64  # for the tensor cores
+TOKENS_WIDE, CHANNELS_WIDE = 16, 32  # of float32, which has them thrice in registers
 
 NORM_TILE = 1024  # elements
 FULL = 132 * 2  # programs that keep a large GPU busy
@@ -41,8 +42,7 @@ FULL = 132 * 2  # programs that keep a large GPU busy
 
 @triton.jit
 def _tile(index, h, w, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Of the index-th tile of the grid: its first token, and of each the row, the column and the
-    distance from the first."""
+    """First token of a tile of the grid, and rows, columns and distances from it of all (T)."""
     across = tl.cdiv(w, WIDTH)
     r, s = index // across * HEIGHT, index % across * WIDTH
     i = tl.arange(0, HEIGHT * WIDTH)
@@ -170,6 +170,7 @@ def _pre_kernel(
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """c, q, k, v of a tile, channels after channels, and meanwhile the sums that i and f are."""
     first, r, s, i = _tile(tl.program_id(0), h, w, HEIGHT, WIDTH)
     here = (r < h) & (s < w)
     b = tl.program_id(1)
@@ -423,8 +424,10 @@ def _weights_kernel(
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums over tokens of dq cᵀ, dk cᵀ, dv xᵀ in each block, of dq, dk, dv, of [di, df] cᵀ and
-    [di, df] xᵀ, and of [di, df]: (3, E / 4, 4, 4), (3, E), (2, 2 H, E), (2 H)."""
+    """Sums over tokens: (3, E / 4, 4, 4), (3, E), (2, 2 H, E) and (2 H) of
+
+    dq cᵀ, dk cᵀ, dv xᵀ in each block; dq, dk, dv; [di, df] cᵀ and xᵀ; [di, df].
+    """
     start = tl.program_id(0) * CHANNELS
     d, mask_d = _channels(start, E, CHANNELS)
     j = tl.arange(0, GATES)
@@ -438,7 +441,7 @@ def _weights_kernel(
     of_gates_c = tl.zeros([GATES, CHANNELS], tl.float32)
     of_gates_x = tl.zeros([GATES, CHANNELS], tl.float32)
     sum_gates = tl.zeros([GATES, TOKENS], tl.float32)
-    # Tensor cores sum as well, here sixteen times.
+    # Tensor cores add as well, here the same sixteen times.
     ones = tl.full([16, TOKENS], 1, dq_ptr.dtype.element_ty)
     for first in range(tl.program_id(1) * TOKENS, N, tl.num_programs(1) * TOKENS):
         token = first + i.to(tl.int64)
@@ -481,8 +484,18 @@ def _weights_kernel(
 
 
 @triton.jit
+def _head(weight_ptr, bias_ptr, skip_ptr, Dh: tl.constexpr, BLOCK: tl.constexpr):
+    """Channels of the program's head, their mask, and the parameters of the norm, (1, BLOCK)."""
+    e = tl.arange(0, BLOCK)
+    d = tl.program_id(0) * Dh + e
+    mask = (e < Dh) | (Dh == BLOCK)
+    weight, bias = load(weight_ptr + d, mask), load(bias_ptr + d, mask)
+    return d, mask, weight[None, :], bias[None, :], load(skip_ptr + d, mask)[None, :]
+
+
+@triton.jit
 def _normalize(h, mask, eps, Dh: tl.constexpr):
-    """(T, Dh and more) with mean 0 and variance 1 in each row, and 1 / the deviation."""
+    """h (T, Dh and more) with mean 0 and variance 1 in each row, and 1 / its deviation."""
     h = tl.where(mask, h - (tl.sum(h, 1) / Dh)[:, None], 0)
     r = tl.rsqrt(tl.sum(h * h, 1) / Dh + eps)[:, None]
     return h * r, r
@@ -505,12 +518,8 @@ def _post_kernel(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    e = tl.arange(0, BLOCK)
-    d = tl.program_id(0) * Dh + e
-    mask_d = (e < Dh) | (Dh == BLOCK)
-    weight = load(weight_ptr + d, mask_d)[None, :]
-    bias = load(bias_ptr + d, mask_d)[None, :]
-    skip = load(skip_ptr + d, mask_d)[None, :]
+    """y = (norm(h) weight + bias + skip c) SiLU(z) of a head."""
+    d, mask_d, weight, bias, skip = _head(weight_ptr, bias_ptr, skip_ptr, Dh, BLOCK)
     i = tl.arange(0, TOKENS)
     for first in range(tl.program_id(1) * TOKENS, N, tl.num_programs(1) * TOKENS):
         token = (first + i.to(tl.int64))[:, None]
@@ -548,12 +557,13 @@ def _post_backward_kernel(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    e = tl.arange(0, BLOCK)
-    d = tl.program_id(0) * Dh + e
-    mask_d = (e < Dh) | (Dh == BLOCK)
-    weight = load(weight_ptr + d, mask_d)[None, :]
-    bias = load(bias_ptr + d, mask_d)[None, :]
-    skip = load(skip_ptr + d, mask_d)[None, :]
+    """With n the normalised h, u = n weight + bias + skip c, y = u SiLU(z) and du = dy SiLU(z):
+
+        dz = dy u SiLU′(z)     dc = skip du     dn = weight du     dh = r (dn − ⟨dn⟩ − n ⟨n dn⟩)
+
+    and sums over tokens of n du, du and c du, (3, E).
+    """
+    d, mask_d, weight, bias, skip = _head(weight_ptr, bias_ptr, skip_ptr, Dh, BLOCK)
     i = tl.arange(0, TOKENS)
     of_weight = tl.zeros([TOKENS, BLOCK], tl.float32)
     of_bias = tl.zeros([TOKENS, BLOCK], tl.float32)
@@ -588,6 +598,7 @@ def _post_backward_kernel(
 
 
 def _packed(x: Tensor) -> Tensor:
+    """A dense copy in float32."""
     return torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
 
 
