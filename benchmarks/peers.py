@@ -188,7 +188,9 @@ def tokens_first(h: Tensor) -> Tensor:
 
 
 def xl_chunk(p: Inputs) -> Call:
-    """mlstm-kernels' kernels for long chunks, which compute what ours do."""
+    """mlstm-kernels' kernels for long chunks: our result, but their backward, as its plain twin in
+    that package (`native_custbw`), takes the normaliser for a constant.
+    """
     from mlstm_kernels.torch import get_mlstm_kernel
 
     kernel = get_mlstm_kernel('chunkwise--triton_xl_chunk')

@@ -287,7 +287,7 @@ COLUMNS = {
 
 
 def main() -> int:
-    parser = common.parser(MODULE, __doc__, minutes=5)
+    parser = common.parser(MODULE, __doc__, minutes=4)
     parser.add_argument(
         '--precision', choices=PRECISIONS, help='of the backbones; see benchmarks.backbones'
     )

@@ -86,6 +86,9 @@ def test_ops_agree_with_every_peer(tmp_path, benchmarks):
         elif row['contestant'] == 'fla simple_gla':
             assert row['differs'] and row['agrees'] is row['error_out'] is None
             assert f'| not compared: {row["differs"]} |' in printed
+        elif row['contestant'] == 'mlstm-kernels':
+            assert row['agrees'] and row['error_out'] < 1e-5 and row['error_grad'] is None
+            assert f', not compared: {row["differs"]} |' in printed
         else:
             assert row['agrees'] and max(row['error_out'], row['error_grad']) < 1e-5
 
@@ -121,8 +124,28 @@ def test_a_wrong_peer_is_noticed(benchmarks, monkeypatch):
         call = ours.build(p)
         return lambda: call() * torch.nan
 
+    class WrongGradients(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            return 2 * dx
+
+    def doubled(p):
+        call = ours.build(p)
+        return lambda: WrongGradients.apply(call())
+
     contestants = dict(
-        ours=ours, same=ours, tenth=ops.Contestant(tenth_off), nan=ops.Contestant(nan)
+        ours=ours,
+        same=ours,
+        tenth=ops.Contestant(tenth_off),
+        nan=ops.Contestant(nan),
+        doubled=ops.Contestant(doubled),
+        known=ops.Contestant(doubled, other_gradients='known'),
+        tenth_known=ops.Contestant(tenth_off, other_gradients='known'),
+        other=ops.Contestant(nan, differs='another'),
     )
     table = {'op': ops.Op(right.inputs, contestants, right.activations)}
     monkeypatch.setattr(ops, 'OPS', table)
@@ -130,6 +153,9 @@ def test_a_wrong_peer_is_noticed(benchmarks, monkeypatch):
     rows = ops.compare('op', ops.Shape(1, 9, 8), torch.float32, cpu, 0.001, 'reference')
     found = {row['contestant']: row for row in rows}
     assert found['same']['agrees'] and not found['tenth']['agrees'] and not found['nan']['agrees']
+    assert not found['doubled']['agrees'] and not found['tenth_known']['agrees']
+    assert found['known']['agrees'] and found['known']['error_grad'] is None
+    assert found['other']['agrees'] is None and found['other']['differs'] == 'another'
     assert found['tenth']['error_out'] == pytest.approx(0.1, rel=1e-3)
     assert found['tenth']['error_grad'] == pytest.approx(0.1, rel=1e-3)
 

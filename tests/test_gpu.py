@@ -15,6 +15,8 @@ BACKBONES = {
     'vim-stride8': (Vim, dict(arch=dict(embed_dims=64, depth=4), stride=8)),
     'vil1': (ViL, dict(arch=dict(embed_dims=64, depth=4), version=1)),
     'vil2': (ViL, dict(arch=dict(embed_dims=64, depth=4))),
+    'vil2-quad': (ViL, dict(arch=dict(embed_dims=64, depth=4), traversal='quad')),
+    'vil2-all-kept': (ViL, dict(arch=dict(embed_dims=64, depth=4), recompute='none')),
     'secvit': (
         SecViT,
         dict(

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from visionseq_mm.ops import conv1d_silu, vim_mixer
+from visionseq_mm.ops import conv1d_silu, mlstm, vil_mixer, vim_mixer
+from visionseq_mm.ops.vil_mixer import Weights
+from visionseq_mm.ops.vil_mixer import reference as vil_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,15 +49,31 @@ def results(fn, inputs, dtype=None):
     return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))]
 
 
-def compare(kernels, reference, inputs, dtype, slack=1):
+def compare(kernels, reference, inputs, dtype, slack=1, least=1e-12):
     actual, expected = results(kernels, inputs), results(reference, inputs, torch.float64)
-    ratios = [DTYPES[dtype][0]] + [DTYPES[dtype][1]] * len(inputs)
+    assert_close(actual, expected, dtype, 1, slack, least)
+
+
+def assert_close(actual, expected, dtype, outputs, slack=1, least=1e-12):
+    """The first so many are outputs, the others gradients; errors of `least` never matter."""
+    ratios = [DTYPES[dtype][0]] * outputs + [DTYPES[dtype][1]] * (len(expected) - outputs)
     for n, (x, y, ratio) in enumerate(zip(actual, expected, ratios, strict=True)):
         assert x.isfinite().all(), f'tensor {n}'
         error, size = (t.square().mean().sqrt() for t in (x.double() - y, y))
-        assert error <= slack * ratio * size + 1e-12, (
+        assert error <= slack * ratio * size + least, (
             f'tensor {n}: error {error:.1e} of {size:.1e}'
         )
+
+
+def compare_with_rounding(kernels, reference, inputs, dtype):
+    """For what multiplies rounding errors: four times those of the reference in `dtype` pass."""
+    actual, rounded = results(kernels, inputs), results(reference, inputs)
+    expected = results(reference, inputs, torch.float64)
+    ratios = [DTYPES[dtype][0]] + [DTYPES[dtype][1]] * len(inputs)
+    for n, (x, y, z, ratio) in enumerate(zip(actual, expected, rounded, ratios, strict=True)):
+        assert x.isfinite().all(), f'tensor {n}'
+        error, least = (t.norm() for t in (x.double() - y, z.double() - y))
+        assert error <= 4 * least + ratio * y.norm(), f'tensor {n}: {error:.1e}, not {least:.1e}'
 
 
 def test_scan_uses_the_compiler():
@@ -211,43 +229,274 @@ def test_mixer(L, R, dtype, recompute):
     compare(mixer('triton'), mixer('reference'), inputs, dtype, slack=3)
 
 
-def mixer_step(inputs):
+# Every type and width is compiled anew, for odd lengths too: only ViL-T has them all.
+CELLS = [(S, 96) for S in LENGTHS]
+CELLS += [(S, Dh) for S in (4096, 4097) for Dh in (192, 384)]
+OTHER_HEADS = [(Dh, torch.bfloat16) for Dh in (1, 33, 64, 130, 256)]
+OTHER_HEADS += [(33, torch.float32), (256, torch.float32), (100, torch.float16)]
+
+
+def cell_inputs(S, dtype, device='cuda', B=2, H=4, Dh=96, i_gate=0.0, f_gate=None):
+    """Gates in float32, forgetting as at the start of training unless told."""
+    q, k, v = normal(*[(B, S, H, Dh)] * 3, dtype=dtype, device=device)
+    i, f = normal(*[(B, S, H)] * 2, dtype=torch.float32, device=device)
+    f_gate = torch.linspace(3, 6, H, device=device) if f_gate is None else f_gate
+    return [q, k, v, i + i_gate, f + f_gate]
+
+
+def cell(backend, reverse=False):
+    return lambda *xs: mlstm(*xs, reverse, backend=backend)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('S, Dh', CELLS)
+def test_cell(S, Dh, dtype):
+    compare(cell('triton'), cell('reference'), cell_inputs(S, dtype, Dh=Dh), dtype)
+
+
+@pytest.mark.parametrize('Dh, dtype', OTHER_HEADS)
+def test_cell_of_other_heads(Dh, dtype):
+    """Every size of a block of channels and number of them, rows of a tile and warps."""
+    compare(cell('triton'), cell('reference'), cell_inputs(1023, dtype, Dh=Dh), dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('Dh', [96, 192, 384])
+@pytest.mark.parametrize('S', [1023, 4097])
+def test_reversed_cell(S, Dh, dtype):
+    inputs = cell_inputs(S, dtype, Dh=Dh, H=3)
+    compare(cell('triton', True), cell('reference', True), inputs, dtype)
+    flipped = cell('triton')(*(x.flip(1) for x in inputs)).flip(1)
+    assert torch.equal(cell('triton', True)(*inputs), flipped)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('i_gate, f_gate', [(0, -20), (0, -5), (-50, -20), (-50, 3)])
+@pytest.mark.parametrize('Dh', [96, 384])
+def test_cell_that_forgets_or_does_not_hear(Dh, i_gate, f_gate, dtype):
+    inputs = cell_inputs(1023, dtype, Dh=Dh, i_gate=i_gate, f_gate=f_gate)
+    # What is left of a token after the next, exp(−20), is no number of float16.
+    least = 1e-6 if dtype == torch.float16 else 1e-12
+    compare(cell('triton'), cell('reference'), inputs, dtype, least=least)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('opposite', [False, True])
+@pytest.mark.parametrize('Dh', [96, 384])
+def test_cell_with_normalisers_near_zero(Dh, opposite, dtype):
+    """Where sums cancel: without a bound, for the input gates are wide open; or with the opposite
+    of each key after it. Gradients are beyond the range of float16.
+    """
+    q, k, v, i, f = cell_inputs(1023, dtype, Dh=Dh, i_gate=50 if not opposite else 8, f_gate=12)
+    if opposite:
+        k[:, 1::2], i[:, 1::2] = -k[:, :-1:2] * 1.01, i[:, :-1:2]
+    compare_with_rounding(cell('triton'), cell('reference'), [q, k, v, i, f], dtype)
+
+
+def layer_inputs(grid, dtype, device='cuda', B=2, D=192, H=4, S=1, kernel=(3, 3)):
+    """Tokens and weights, in the order of `Weights`."""
+    E = 2 * D
+    shapes = [(B, grid[0] * grid[1], D), (2 * E, D), (2 * E,), (S, E, *kernel), (S, E)]
+    shapes += [(S, 3, E // 4, 4, 4), (S, 3, E), (S, 2 * H, 3 * E), (S, 2 * H), *[(S, E)] * 3]
+    inputs = normal(*shapes, (D, E), (D,), dtype=torch.float32, device=device)
+    tokens, up, up_bias, taps, conv_bias, qkv, qkv_bias, gates, *rest = inputs
+    gates_bias, norm_weight, norm_bias, skip, down, down_bias = rest
+    forget = torch.cat([torch.zeros(H), torch.linspace(3, 6, H)]).to(device)
+    # The norm makes noise of h where it is small: no sums that cancel, and values of some size.
+    qkv[:, :2], qkv_bias = qkv[:, :2] / 4, qkv_bias / 4 + 1
+    qkv_bias[:, 2, ::2] -= 3
+    taps = taps / taps[0, 0].numel()
+    narrow = [tokens, up / D**0.5, up_bias / 4, taps, conv_bias / 4, qkv, qkv_bias]
+    wide = [gates / E, gates_bias / 4 + forget, 1 + norm_weight / 4, norm_bias, skip]
+    last = [down / E**0.5, down_bias / 4]
+    return [*(x.to(dtype) for x in narrow), *wide, *(x.to(dtype) for x in last)]
+
+
+def layer(backend, grid, reverse=(False,), columns=None, recompute=True):
+    def run(tokens, *weights):
+        weights = Weights(*weights)
+        return vil_mixer(tokens, weights, grid, reverse, columns, recompute, backend)
+
+    return run
+
+
+@pytest.mark.parametrize('recompute', [True, False])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize(
+    'D, grid, kernel, reverse, columns',
+    [
+        (192, (1, 1), (3, 3), [False], [False]),
+        (192, (64, 64), (3, 3), [True], [False]),
+        (192, (31, 67), (3, 3), [True, False], [False, True]),
+        (192, (1, 4097), (4,), [True], [False]),
+        (384, (61, 67), (3, 3), [False], [False]),
+        (768, (64, 64), (3, 3), [True], [False]),
+    ],
+)
+def test_layer(D, grid, kernel, reverse, columns, dtype, recompute):
+    """Every tensor between the steps is rounded too, and the gates' gradients mostly cancel."""
+    inputs = layer_inputs(grid, dtype, D=D, S=len(reverse), kernel=kernel)
+    way = grid, reverse, columns, recompute
+    compare_with_rounding(layer('triton', *way), layer('reference', *way), inputs, dtype)
+
+
+def part_inputs(grid, E, dtype, device='cuda', B=2, H=4, kernel=(3, 3)):
+    """Arguments of the part before the cell, and gradients of what it returns."""
+    L = grid[0] * grid[1]
+    origin = (kernel[0] // 2, kernel[1] // 2) if kernel[0] > 1 else (0, kernel[1] - 1)
+    tokens = normal((B, L, E), *[(B, L, E)] * 4, *[(B, L, H)] * 2, dtype=dtype, device=device)
+    x, *grads = tokens
+    shapes = (E, *kernel), (E,), (3, E // 4, 4, 4), (3, E)
+    taps, conv_bias, qkv, qkv_bias = normal(*shapes, dtype=dtype, device=device)
+    shapes = (2 * H, E), (2 * H, E), (2 * H,)
+    *gates, gates_bias = normal(*shapes, dtype=torch.float32, device=device)
+    weights = [taps / (kernel[0] * kernel[1]) ** 0.5, conv_bias, qkv / 2, qkv_bias]
+    weights += [*(gate / E**0.5 for gate in gates), gates_bias]
+    dc, dq, dk, dv, di, df = grads
+    grads = [dc, *(d.unflatten(2, (H, -1)) for d in (dq, dk, dv)), di.float(), df.float()]
+    return [x, *weights, grid, origin], grads
+
+
+def doubled(args):
+    return [x.double() if isinstance(x, torch.Tensor) else x for x in args]
+
+
+def before_cell(parts, args, grads):
+    """c, q, k, v, i, f; the gradients of x and of the weights."""
+    x, taps, conv_bias, qkv, _, gates_c, gates_x, _, grid, origin = args
+    outs, dx = parts.pre(*args), torch.empty_like(x)
+    weights = taps, conv_bias, qkv, gates_c, gates_x
+    return [*outs, dx, *parts.pre_backward(*grads, x, outs[0], *weights, grid, origin, dx)]
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize(
+    'E, grid, kernel, B',
+    [
+        (384, (1, 1), (3, 3), 1),
+        (384, (7, 9), (3, 3), 3),
+        (384, (61, 67), (3, 3), 1),
+        (384, (64, 64), (3, 3), 8),
+        (384, (1, 65), (1, 4), 2),
+        (384, (1, 4097), (1, 4), 8),
+        (100, (7, 9), (5, 5), 1),
+        (768, (61, 67), (3, 3), 8),
+        (1536, (61, 67), (3, 3), 8),
+    ],
+)
+def test_part_before_the_cell(E, grid, kernel, B, dtype):
+    from visionseq_mm.ops.vil_mixer import triton as kernels
+
+    args, grads = part_inputs(grid, E, dtype, B=B, kernel=kernel)
+    expected = before_cell(vil_reference, doubled(args), doubled(grads))
+    actual = before_cell(kernels, args, grads)
+    assert [x.dtype for x in actual[:7]] == [dtype] * 4 + [torch.float32] * 2 + [dtype]
+    assert_close(actual, expected, dtype, 6)
+    for x, y in zip(actual, before_cell(kernels, args, grads), strict=True):
+        assert torch.equal(x, y)
+
+
+def after_inputs(L, E, dtype, device='cuda', B=2, H=4):
+    """Arguments of the part after the cell, and a gradient of its result."""
+    h, c, z, dy = normal((B, L, H, E // H), *[(B, L, E)] * 3, dtype=dtype, device=device)
+    norm = normal(*[(E,)] * 3, dtype=torch.float32, device=device)
+    return [h, c, z, *norm, 1e-5], dy
+
+
+def after_cell(parts, args, dy):
+    """y; y again, the gradients of z, h, c and of the weights."""
+    dz = torch.empty_like(args[2])
+    y, *grads = parts.post_backward(dy, *args, dz)
+    return [parts.post(*args), y, dz, *grads]
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('E', [384, 768, 1536, 132])
+@pytest.mark.parametrize('L, B', [(1, 1), (63, 3), (4097, 1), (4096, 8)])
+def test_part_after_the_cell(L, B, E, dtype):
+    from visionseq_mm.ops.vil_mixer import triton as kernels
+
+    args, dy = after_inputs(L, E, dtype, B=B)
+    expected = after_cell(vil_reference, doubled(args), dy.double())
+    actual = after_cell(kernels, args, dy)
+    assert_close(actual, expected, dtype, 2)
+    for x, y in zip(actual, after_cell(kernels, args, dy), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('Dh', [96, 384])
+def test_same_bits_of_cell_and_layer_twice(Dh, dtype):
+    cases = [
+        (cell('triton'), cell_inputs(4097, dtype, B=3, Dh=Dh)),
+        (layer('triton', (64, 64), [True]), layer_inputs((64, 64), dtype, D=2 * Dh)),
+    ]
+    for fn, inputs in cases:
+        first, second = (results(fn, inputs) for _ in range(2))
+        for x, y in zip(first, second, strict=True):
+            assert torch.equal(x, y)
+
+
+def vim_on(device):
+    inputs = mixer_inputs(1023, torch.bfloat16, device)
+    return lambda *xs: vim_mixer(*xs, backend='triton'), inputs
+
+
+def cell_on(device):
+    return cell('triton'), cell_inputs(1023, torch.bfloat16, device)
+
+
+def vil_on(device):
+    grid = 31, 33
+    return layer('triton', grid, [True]), layer_inputs(grid, torch.bfloat16, device)
+
+
+STEPS = dict(vim_mixer=vim_on, mlstm=cell_on, vil_mixer=vil_on)
+
+
+def step(fn, inputs):
     inputs = [x.detach().requires_grad_() for x in inputs]
-    out = vim_mixer(*inputs, backend='triton')
+    out = fn(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))]
 
 
-def test_mixer_in_a_cuda_graph():
+@pytest.mark.parametrize('name', STEPS)
+def test_in_a_cuda_graph(name):
     """Nothing in it waits for the device or depends on the stream."""
-    inputs = mixer_inputs(1023, torch.bfloat16)
+    fn, inputs = STEPS[name]('cuda')
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        expected = mixer_step(inputs)
+        expected = step(fn, inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        actual = mixer_step(inputs)
+        actual = step(fn, inputs)
     graph.replay()
     for x, y in zip(actual, expected, strict=True):
         assert (x - y).norm() <= 1e-2 * y.norm()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
-def test_device_that_is_not_the_current_one():
-    inputs = mixer_inputs(1023, torch.bfloat16, device='cuda:1')
+@pytest.mark.parametrize('name', STEPS)
+def test_device_that_is_not_the_current_one(name):
+    fn, inputs = STEPS[name]('cuda:1')
     with torch.cuda.device(1):
-        expected = mixer_step(inputs)
+        expected = step(fn, inputs)
     assert torch.cuda.current_device() == 0
-    for x, y in zip(mixer_step(inputs), expected, strict=True):
+    for x, y in zip(step(fn, inputs), expected, strict=True):
         assert x.device == y.device
         assert torch.equal(x, y)
 
 
+def need_gigabytes(count):
+    if torch.cuda.mem_get_info()[0] < 1e9 * count:
+        pytest.skip(f'needs {count} GB')
+
+
 def test_more_elements_than_32_bits_count():
     """The last sequence of a large batch, as by itself."""
-    if torch.cuda.mem_get_info()[0] < 90e9:
-        pytest.skip('needs 90 GB')
+    need_gigabytes(90)
     L, D = 2**19, 1536
     inputs = scan_inputs(L, torch.bfloat16, S=1, B=3, D=D)
     assert inputs[0].numel() > 2**31
@@ -270,3 +519,32 @@ def gradients_of_sequences(inputs, dout, reverse):
     u, dt, *rest = inputs
     u, dt = u.detach().requires_grad_(), dt.detach().requires_grad_()
     return torch.autograd.grad(scan('triton', reverse)(u, dt, *rest), [u, dt], dout)
+
+
+def test_cell_of_more_elements_than_32_bits_count():
+    need_gigabytes(100)
+    inputs = cell_inputs(2**19, torch.bfloat16, B=3, Dh=384)
+    assert inputs[0].numel() > 2**31
+    last = [x[-1:].contiguous() for x in inputs]
+    whole = [x[-1:].clone() for x in step(cell('triton'), inputs)]
+    for x, y in zip(whole, step(cell('triton'), last), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_parts_of_more_elements_than_32_bits_count():
+    from visionseq_mm.ops.vil_mixer import triton as kernels
+
+    need_gigabytes(100)
+    grid = 1024, 512
+    args, grads = part_inputs(grid, 1536, torch.bfloat16, B=3)
+    assert args[0].numel() > 2**31
+    last = [args[0][-1:].contiguous(), *args[1:]], [d[-1:].contiguous() for d in grads]
+    whole = [x[-1:].clone() for x in before_cell(kernels, args, grads)[:7]]
+    for x, y in zip(whole, before_cell(kernels, *last), strict=False):
+        assert torch.equal(x, y)
+    del args, grads, last, whole
+    args, dy = after_inputs(grid[0] * grid[1], 1536, torch.bfloat16, B=3)
+    last = [*(x[-1:].contiguous() for x in args[:3]), *args[3:]], dy[-1:].contiguous()
+    whole = [x[-1:].clone() for x in after_cell(kernels, args, dy)[:5]]
+    for x, y in zip(whole, after_cell(kernels, *last), strict=False):
+        assert torch.equal(x, y)

@@ -70,6 +70,13 @@ def test_gates(i_gate, f_gate):
     check([q, k, v, i + i_gate, f + f_gate])
 
 
+def test_tokens_without_weight():
+    """More of them than a chunk has, as for padding."""
+    q, k, v, i, f = inputs_of(100, 6)
+    i[:, 20:70] = -torch.inf
+    check([q, k, v, i, f])
+
+
 @pytest.mark.parametrize('reverse', [False, True])
 def test_run_of_rows_that_share_a_maximum(reverse, small):
     """Over several chunks, with an eps that makes the gradient through the maximum visible."""

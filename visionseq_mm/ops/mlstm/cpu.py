@@ -126,12 +126,18 @@ def _rows(x, task, chunks, T, reverse):
     return rows[chunk * T : chunk * T + T, 0 : x.shape[3]]
 
 
+@inline
+def _scratch(M, N, like):
+    """(M, N); rows a power of two apart would have few places in the nearest cache."""
+    return np.empty((M, N + BYTES // like.itemsize), like.dtype)[0:M, 0:N]
+
+
 @jit
 def _add_states(first, last, x, x_weight, y, z, z_weight, reverse, T, states, norms):
     """Σ_t w_t x_tᵀ y_t and Σ_t u_t z_t. Tasks: chunks of sequences."""
     chunks, N = norms.shape[1:]
     lanes = BYTES // x.itemsize
-    weighted = np.empty((T, N), x.dtype)
+    weighted = _scratch(T, N, x)
     for task in range(first, last):
         row, chunk = task // chunks, task % chunks
         x_rows = _rows(x, task, chunks, T, reverse)
@@ -180,7 +186,7 @@ def _forward(
     lanes = BYTES // q.itemsize
     places = np.arange(T).astype(q.dtype)
     a_parts, g_parts = np.zeros((2, T), q.dtype), np.zeros((2, T), q.dtype)
-    k_turned, scores = np.empty((N, T), q.dtype), np.empty((lanes, T), q.dtype)
+    k_turned, scores = _scratch(N, T, q), _scratch(lanes, T, q)
     lines, totals = np.empty((lanes, lanes), q.dtype), np.empty(lanes, q.dtype)
     for task in range(first, last):
         row, begin = task // chunks, task % chunks * T
@@ -191,7 +197,7 @@ def _forward(
         count = len(q_rows)
         _split(a[row], begin, count, a_parts)
         _split(g[row], begin, count, g_parts)
-        transpose(k_turned[0:N, 0:T], k_rows)
+        transpose(k_turned, k_rows)
         state = states[row, task % chunks, 0:N, 0:N]
         norm = norms[row, task % chunks]
         for i in range(0, count, lanes):
@@ -291,9 +297,8 @@ def _backward(
     lanes = BYTES // q.itemsize
     places = np.arange(T).astype(q.dtype)
     a_parts, g_parts = np.zeros((2, T), q.dtype), np.zeros((2, T), q.dtype)
-    k_turned, v_turned = np.empty((N, T), q.dtype), np.empty((N, T), q.dtype)
-    dstate_turned = np.empty((N, N), q.dtype)
-    scores, dP = np.empty((T, T), q.dtype), np.empty((T, T), q.dtype)
+    k_turned, v_turned, dstate_turned = _scratch(N, T, q), _scratch(N, T, q), _scratch(N, N, q)
+    scores, dP = _scratch(T, T, q), _scratch(T, T, q)
     lines, sums = np.empty((lanes, lanes), q.dtype), np.empty((2, T), q.dtype)
     for task in range(first, last):
         row, chunk = task // chunks, task % chunks
@@ -305,15 +310,15 @@ def _backward(
         count = len(q_rows)
         _split(a[row], begin, count, a_parts)
         _split(g[row], begin, count, g_parts)
-        transpose(k_turned[0:N, 0:T], k_rows)
-        transpose(v_turned[0:N, 0:T], v_rows)
+        transpose(k_turned, k_rows)
+        transpose(v_turned, v_rows)
         dstate = dstates[row, chunk, 0:N, 0:N]
-        transpose(dstate_turned[0:N, 0:N], dstate)
+        transpose(dstate_turned, dstate)
         norm, dnorm = norms[row, chunk], dnorms[row, chunk]
 
         # What came and goes through the states.
         product(dq_rows, dh_rows, states[row, chunk, 0:N, 0:N])
-        product(dk_rows, v_rows, dstate_turned[0:N, 0:N])
+        product(dk_rows, v_rows, dstate_turned)
         product(dv_rows, k_rows, dstate)
         for t in range(count):
             w_t, u_t, to_state_t = w[row, begin + t], u[row, begin + t], to_state[row, begin + t]

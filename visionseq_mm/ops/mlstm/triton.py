@@ -63,6 +63,8 @@ BLOCK = 64
 BLOCKS = 3  # blocks of a program's values: with a tile's rows, accumulators of 96 registers
 AHEAD = 8  # chunks whose states are under way while the carry passes one after the other
 CARRIED = 1024  # elements of a state, or of its normaliser, that a program carries
+# The least top of a chunk, for one whose gates i are all −∞: finite, so that its own state is 0.
+LEAST = tl.constexpr(-1e300)
 
 
 @triton.jit
@@ -142,7 +144,7 @@ def _gates_kernel(
     tl.store(columns_ptr + T, factor)
     last = t == T - 1
     tl.store(marks_ptr + at * 3, tl.sum(tl.where(last, F, 0), 0))
-    tl.store(marks_ptr + at * 3 + 1, tl.sum(tl.where(last, top, 0), 0))
+    tl.store(marks_ptr + at * 3 + 1, _greater(tl.sum(tl.where(last, top, 0), 0), LEAST))
 
 
 @triton.jit

@@ -105,6 +105,8 @@ def vil_mixer(
     columns = [False] * len(reverse) if columns is None else columns
     _check(tokens, weights, grid, reverse, columns)
     backend = BACKENDS.select(backend, tokens)
+    if torch.jit.is_tracing():  # where sizes are tensors
+        grid = [int(n) for n in grid]
     keep = 'nothing'
     trains = any(x is not None and x.requires_grad for x in (tokens, *weights))
     # A trace of torch.jit would hold the choice for ever, and checks itself without gradients.
