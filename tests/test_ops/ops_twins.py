@@ -147,8 +147,7 @@ def layer_twin(
     grid = token_grid(tokens.shape[1])
 
     def one(s, x, z, grid):
-        B, L, E = x.shape
-        H = gates_bias.shape[1] // 2
+        L, H = x.shape[1], gates_bias.shape[1] // 2
         if conv_weight.dim() == 3:
             taps = range(conv_weight.shape[2])
             padded = F.pad(x, (0, 0, len(taps) - 1, 0))

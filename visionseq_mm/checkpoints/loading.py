@@ -205,6 +205,6 @@ def _advice(given, matched, prefix):
             "init_cfg=dict(type='Pretrained', ...)."
         )
     return (
-        'Is it the file of another variant? Check arch, version and traversal (ViL), bidirectional '
-        '(Vim). To load what fits and leave the rest at its initialisation, lower min_matched.'
+        'Is it the file of another variant? Check arch, and version and traversal (ViL) or '
+        'bidirectional (Vim). To load what fits and leave the rest as it is, lower min_matched.'
     )

@@ -110,6 +110,16 @@ def test_float16():
     check([q, k, v, i.float(), f.float()], 5e-3, 1e-2)
 
 
+def test_forget_gates_in_half_precision(small):
+    """What two sums over the rest of a chunk leave of them, but none of its rounding errors."""
+    small(chunk=128, tile=32)
+    q, k, v, i, f = inputs_of(130, 64)
+    inputs = [*(x.half() for x in (q, k, v)), i, f - 4]
+    wide = [x.double() for x in inputs]
+    expected = run(lambda *xs: mlstm(*xs, backend='reference'), wide)[-1:]
+    assert_close(run(lambda *xs: mlstm(*xs, backend='triton'), inputs)[-1:], expected, 1e-3)
+
+
 def test_views_equal_copies(small):
     """Slices of wider tensors, transposed heads, and a last dimension that is not dense."""
     small(chunk=16)

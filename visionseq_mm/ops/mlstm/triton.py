@@ -17,11 +17,11 @@ All states are found at once: what each chunk adds to a state of zeros, stabilis
 then one elementwise pass over the chunks puts the state that enters a chunk in the place of its
 own, and then all rows follow at once. With r_i = 1 / (n_i + eps), δ_i = dh_i·h_i and e_i that of
 `reference`'s dsum = r e, output and gradients are one and the same attention of rows x to columns
-y with values z, but for a factor 1/√Dh (and r_i of h and dq):
+y with values z, but for a factor 1/√Dh (and r_i of h):
 
             x     y     z     weight of a column               from the state
     h_i     q_i   k_j   v_j   exp(a_j − g_i) x·y               exp(M − g_i) x state
-    dq_i    dh_i  v_j   k_j   exp(a_j − g_i) (x·y + e_i)       exp(M − g_i) [x, e_i] stateᵀ
+    dq_i    dh_i  v_j   k_j   exp(a_j − g_i) r_i (x·y + e_i)   exp(M − g_i) r_i [x, e_i] stateᵀ
     dk_j    v_j   dh_i  q_i   exp(a_j − g_i) r_i (x·y + e_i)   exp(a_j − G) [x, 1] dstateᵀ
     dv_j    k_j   q_i   dh_i  exp(a_j − g_i) r_i x·y           exp(a_j − G) x dstate
 
@@ -29,7 +29,8 @@ y with values z, but for a factor 1/√Dh (and r_i of h and dq):
 
 With E_ij the gradient of a weight's logarithm, that of log σ(f_t) is the sum of E over all pairs
 with this gate between them, i ≥ t > j. At the end of a chunk it is state · dstate, and from there
-q·dq and k·dk, both without the diagonal, lead to the tokens of the chunk: the sums are short.
+q·dq and k·dk, both without the diagonal, lead to the tokens of the chunk: the sums are short. The
+weights of dq and dk are rounded alike, so that a pair outside of the sum leaves it as it came.
 
 Gates are float64, in units of log 2, and their differences float32. Tiles of weights take them in
 two parts of float32, so that these differences are exact. All sums are in a fixed order: the same
@@ -390,8 +391,11 @@ def _attend(
     else:
         gate = -_stabilisers(gates, M, i, T)
         across = _exp2(gate + M)
+    high, factor = _parts(gate)
     if OF == 'dq':
-        bias = tl.load(rows + T + i)
+        r, bias = tl.load(rows + i), tl.load(rows + T + i)
+        across *= r
+        factor *= r
     total *= across
     scaled = ()
     for c in tl.static_range(BLOCKS):
@@ -403,7 +407,6 @@ def _attend(
         scaled = scaled + (block * across[:, None],)
     out = scaled
 
-    high, factor = _parts(gate)
     last = end if LATER else tl.minimum(end, first + ROWS)
     for first_j in range(first if LATER else 0, last, TILE):
         j = first_j + tl.arange(0, TILE)
@@ -594,8 +597,6 @@ def _gradient(
     for c in tl.static_range(BLOCKS):
         j = column + c * BLOCK
         block = out[c] * scale
-        if OF == 'dq':
-            block *= tl.load(rows + i)[:, None]
         if OF != 'dv':
             other_tile = _tile(other, i, end, j, Dh).to(tl.float32)
             without += tl.sum(block * other_tile, 1)
