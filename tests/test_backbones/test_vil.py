@@ -36,10 +36,6 @@ def small(version, traversal, **kwargs):
     return build(f'vil{version}', **settings, **kwargs)
 
 
-def test_names():
-    assert set(TRAVERSALS) == {*SINGLE, *SHARED, *SEPARATE}
-
-
 @pytest.mark.parametrize(
     ('kwargs', 'word'),
     [
@@ -350,25 +346,6 @@ def test_pooling_equals_twin(version, pooling, size):
     torch.testing.assert_close(outputs, (expected,), rtol=1e-7, atol=1e-7)
 
 
-def pooled(pooling, tokens):
-    model = build('vil1', out_type='cls', pooling=pooling)
-    return model.pool(tokens)
-
-
-@pytest.mark.parametrize('length', [1, 2, 7, 12])
-def test_pooling_formulas(length):
-    tokens = torch.randn(2, length, 16)
-    first, last = tokens[:, 0], tokens[:, -1]
-    for pooling, expected in (
-        (None, (first + last) / 2),
-        ('bilateral_avg', (first + last) / 2),
-        ('bilateral_concat', torch.cat([first, last], 1)),
-        ('avg', tokens.sum(1) / length),
-        ('middle_patch', tokens[:, length // 2]),
-    ):
-        torch.testing.assert_close(pooled(pooling, tokens), expected)
-
-
 @pytest.mark.parametrize(('length', 'place'), [(1, 1), (2, 1), (3, 2), (4, 2), (15, 8)])
 def test_class_token_is_found_where_it_was_put(length, place):
     """After the first half of the patches, which with an odd number is the larger one."""
@@ -507,3 +484,13 @@ def test_biases_by_version(model):
     everywhere = {'proj_up', 'proj_down', 'q_proj', 'k_proj', 'v_proj', 'outnorm', 'norm'}
     assert with_bias >= {'igate', 'fgate', 'conv'}
     assert with_bias & everywhere == (everywhere if model.version == 2 else set())
+
+
+@versions
+@pytest.mark.parametrize('traversal', ['alternating', 'alternating_quad', 'quad'])
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+def test_a_trace_follows_the_image_size(version, traversal):
+    model = small(version, traversal).eval()
+    trace = torch.jit.trace(model, image(48, 80), check_trace=False)
+    for size in ((64, 48), (96, 160), (16, 32)):
+        torch.testing.assert_close(trace(image(*size)), model(image(*size)))

@@ -244,7 +244,7 @@ def mlstm_inputs(S, Dh=6, H=3):
 
 def token_grid(L):
     """Rows and columns of L tokens, as near to a square as they go."""
-    rows = max((n for n in range(1, int(L**0.5) + 1) if L % n == 0), default=1)
+    rows = max([n for n in range(1, int(L**0.5) + 1) if L % n == 0] or [1])
     return rows, L // rows
 
 
@@ -387,9 +387,8 @@ LAYER = Case(
     layer_twin,
     layer_inputs,
     lambda xs: (
-        xs[0],
+        xs[0].unflatten(1, token_grid(xs[0].shape[1])),
         xs[1:],
-        [*token_grid(xs[0].shape[1])],
         [True, False],
         [False, True],
         'cells',

@@ -1,5 +1,6 @@
 """Numba's vectors and threads, and the whole backend against the reference."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -154,6 +155,15 @@ def test_tasks_are_shared_out_once(openmp, monkeypatch):
     assert sorted(seen) == list(range(8))
     with pytest.raises(ZeroDivisionError):
         threads.run(lambda first, last: 1 // (first - 2), 3)
+
+
+def test_kernels_call_no_others():
+    """Compiled kernels are kept under a checksum of the modules that they share."""
+    shared = {f'visionseq_mm.ops.{name}' for name in simd.SHARED}
+    for op in ('conv1d_silu', 'mlstm', 'selective_scan', 'vil_mixer', 'vim_mixer'):
+        module = importlib.import_module(f'visionseq_mm.ops.{op}.cpu')
+        compiled = [x for x in vars(module).values() if hasattr(x, 'py_func')]
+        assert {x.py_func.__module__ for x in compiled} <= {*shared, module.__name__}
 
 
 GENERIC = """

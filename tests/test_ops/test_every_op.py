@@ -204,7 +204,7 @@ def test_bad_inputs(case, n):
 @all_ops
 def test_empty_sequence(case):
     empty = [x.narrow(x.shape.index(7), 0, 0) if 7 in x.shape else x for x in case.inputs(7)]
-    with pytest.raises(ValueError, match=r'is empty along [LS]|must be the rows'):
+    with pytest.raises(ValueError, match=r'is empty along [LS]'):
         case.op(*empty)
 
 

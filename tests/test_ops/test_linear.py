@@ -8,10 +8,11 @@ from visionseq_mm.ops import linear
 
 
 @pytest.fixture(params=[True, False], autouse=True)
-def onednn(request, monkeypatch):
-    if request.param and not linear._ONEDNN:
+def onednn(request):
+    if request.param and not linear._works():
         pytest.skip('needs AVX-512')
-    monkeypatch.setattr(linear, '_ONEDNN', request.param)
+    with torch.backends.mkldnn.flags(enabled=request.param):
+        yield
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
@@ -50,3 +51,16 @@ def test_parts_of_tensors():
     """Rows with other tensors between them, as halves of a projection are."""
     x, weight = torch.randn(2, 7, 12)[..., :6], torch.randn(12, 6)[::2]
     torch.testing.assert_close(linear.linear(x, weight), x @ weight.mT)
+    for bias in (torch.randn(6, 2)[:, 0], torch.randn(1).expand(6)):
+        torch.testing.assert_close(linear.linear(x, weight, bias), x @ weight.mT + bias)
+
+
+def test_without_onednn(monkeypatch):
+    """A torch whose private function is gone or takes other arguments."""
+    linear._works.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, '_linear_pointwise', torch.ops.aten.relu)
+    assert not linear._works()
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(linear.linear(x, x), x @ x.mT)
+    monkeypatch.undo()
+    linear._works.cache_clear()

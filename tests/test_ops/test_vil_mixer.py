@@ -5,13 +5,11 @@ import torch
 from ops_twins import CASES, assert_close, layer_inputs, layer_twin, on_grid, run
 
 from visionseq_mm.ops import vil_mixer
-from visionseq_mm.ops.vil_mixer import BACKENDS as IMPLEMENTATIONS
-from visionseq_mm.ops.vil_mixer import Weights
+from visionseq_mm.ops.vil_mixer import BIASES, Weights
 
 BACKENDS = [case.backend for case in CASES if case.name == 'vil_mixer']
 every_backend = pytest.mark.parametrize('backend', BACKENDS)
 ONE = dict(reverse=(False,), columns=(False,))
-BIASES = ('proj_up_bias', 'qkv_bias', 'norm_bias', 'proj_down_bias')
 
 
 @every_backend
@@ -112,15 +110,33 @@ def test_columns_need_no_square(backend):
     turned = weights._replace(conv_weight=weights.conv_weight.mT)
     out = vil_mixer(tokens, weights, (4, 10), columns=(True,), backend=backend)
     tokens = tokens.unflatten(1, (4, 10)).transpose(1, 2).flatten(1, 2)
-    expected = vil_mixer(tokens, weights, (10, 4), backend=backend)
-    expected = expected.unflatten(1, (10, 4)).transpose(1, 2).flatten(1, 2)
-    torch.testing.assert_close(out, expected)
-    assert not torch.allclose(out, vil_mixer(tokens, turned, (10, 4), backend=backend))
+
+    def by_rows(weights):
+        out = vil_mixer(tokens, weights, (10, 4), backend=backend)
+        return out.unflatten(1, (10, 4)).transpose(1, 2).flatten(1, 2)
+
+    torch.testing.assert_close(out, by_rows(weights))
+    assert not torch.allclose(out, by_rows(turned))
 
 
-def test_all_backends_have_all_parts():
-    names = set(IMPLEMENTATIONS['reference'].__all__)
-    assert names <= set(vars(IMPLEMENTATIONS['cpu']))
+@every_backend
+@pytest.mark.parametrize('recompute', [True, False])
+def test_one_token(backend, recompute):
+    inputs = [x[:1] if n == 0 else x for n, x in enumerate(layer_inputs(1, S=1))]
+    actual = run(lambda *xs: on_grid(*xs, **ONE, recompute=recompute, backend=backend), inputs)
+    assert_close(actual, run(lambda *xs: layer_twin(*xs, **ONE), inputs), 1e-10)
+
+
+@every_backend
+def test_strided_biases(backend):
+    """Of float32, whose projections have a way of their own on some processors."""
+    tokens, *weights = (x.float() for x in layer_inputs(20, S=1))
+    weights = Weights(*weights)
+    strided = weights._replace(
+        **{n: torch.stack([getattr(weights, n)] * 2, -1)[..., 0] for n in BIASES}
+    )
+    out = [vil_mixer(tokens, w, (4, 5), backend=backend) for w in (weights, strided)]
+    torch.testing.assert_close(*out)
 
 
 @pytest.mark.parametrize('n', range(14))
@@ -143,7 +159,19 @@ def test_bad_inputs():
         call((3, 3))
     with pytest.raises(ValueError, match=r'reverse must have an entry for each of 2 directions'):
         call(reverse=(True,))
-    with pytest.raises(ValueError, match=r'columns must have an entry for each of 2 .*\[True\]'):
+    with pytest.raises(ValueError, match=r'reverse must have an entry for each of 2 .*got True'):
+        call(reverse=True)
+    for name in ('skip', 'gates', 'conv_weight', 'proj_up'):
+        with pytest.raises(ValueError, match=f'{name} must be a tensor, got None'):
+            call(**{name: None})
+    for grid in (6, (2.0, 3.0)):
+        with pytest.raises(ValueError, match='grid must be two integers'):
+            call(grid)
+    with pytest.raises(ValueError, match=r"recompute must be True or False, got 'kernel'"):
+        vil_mixer(tokens, weights, (2, 3), (False, True), recompute='kernel')
+    with pytest.raises(ValueError, match=r'gates must be \(S, 2H, 3E\) = \(2, 4, 36\), where E'):
+        call(gates=weights.gates[..., :20])
+    with pytest.raises(ValueError, match=r'columns must have an entry for each of 2 .*\(True,\)'):
         call(columns=(True,))
     with pytest.raises(ValueError, match='a kernel on the grid has an odd side, got 4'):
         call(conv_weight=torch.randn(2, 12, 4, 4, dtype=torch.float64))

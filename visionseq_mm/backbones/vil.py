@@ -130,7 +130,7 @@ class ViLDirection(nn.Module):
             nn.init.normal_(m.weight, std=math.sqrt(2 / (5 * embed_dims)))
 
     def weights(self):
-        """Those fields of :class:`Weights` that have a direction each, without that dimension."""
+        """The fields of :class:`Weights` that each direction has, without their dimension S."""
         qkv, cell = (self.q_proj, self.k_proj, self.v_proj), self.mlstm_cell
         gates, norm = (cell.igate, cell.fgate), cell.outnorm
         return dict(
@@ -157,10 +157,11 @@ class ViLLayer(ViLDirection):
     A reversed direction is flip(...(flip(x))), its convolution included; one of columns reads
     the transposed grid. The modules hold the weights; :func:`visionseq_mm.ops.vil_mixer` computes
     all of it in one operation, so that their own forward and hooks on it do not run: a wrapper
-    around one of them, such as LoRA's, has no effect.
+    around one of them, such as LoRA's, has no effect, and what replaces their weights, such as
+    ``weight_norm`` or dynamic quantisation, fails.
 
-    The layer is its first direction. Others with weights of their own are in
-    ``other_directions``, in the order of the paths.
+    The layer is its first direction, whose weights so have the names of the official files.
+    Others with weights of their own are in ``other_directions``, in the order of the paths.
 
     Args:
         embed_dims (int): D.
@@ -193,8 +194,8 @@ class ViLLayer(ViLDirection):
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
 
-    def of_directions(self):
-        """The fields of :class:`Weights` that have a leading dimension S."""
+    def stacked_weights(self):
+        """Those fields of all directions, with it."""
         own = self.weights()
         others = [m.weights() for m in self.other_directions]
         if others:
@@ -209,7 +210,7 @@ class ViLLayer(ViLDirection):
         weights = Weights(
             proj_up=self.proj_up.weight,
             proj_up_bias=self.proj_up.bias,
-            **self.of_directions(),
+            **self.stacked_weights(),
             proj_down=self.proj_down.weight,
             proj_down_bias=self.proj_down.bias,
         )
@@ -364,7 +365,7 @@ class ViL(PlainBackbone):
             )
         if version == 2 and stride != 16:
             raise ValueError(f'version 2 has stride 16 only, got {stride}; version 1 has 8 too')
-        if traversal not in TRAVERSALS:
+        if traversal not in tuple(TRAVERSALS):
             raise ValueError(
                 f'traversal must be one of {", ".join(map(repr, TRAVERSALS))}, got {traversal!r}'
             )
@@ -392,9 +393,9 @@ class ViL(PlainBackbone):
 
         def build_block(i):
             # A block that is computed again need not spare its own activations.
-            spare = recompute == 'kernel' and not with_cp
+            in_kernel = recompute == 'kernel' and not with_cp
             paths = cycle[i % len(cycle)]
-            layer = ViLLayer(self.embed_dims, version, paths, shared, spare)
+            layer = ViLLayer(self.embed_dims, version, paths, shared, in_kernel)
             return ViLBlock(self.embed_dims, version, layer, rates[i])
 
         built = range(self.out_indices[-1] + 1)

@@ -1,27 +1,40 @@
 """Dense projections inside the ops, and their gradients.
 
-On a CPU torch multiplies float32 with MKL, which leaves half of the vector units of an AMD
-processor idle. oneDNN, which torch ships as well, does not; torch's compiler calls it in the way
-that is used here.
+On a CPU torch multiplies float32 with MKL, which left half of the vector units idle of the AMD
+processor that this was measured on. oneDNN, which torch ships as well, does not, and torch's
+compiler calls it in the way that is used here.
 """
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ONEDNN = torch.backends.cpu.get_cpu_capability() == 'AVX512' and hasattr(
-    torch.ops.mkldnn, '_linear_pointwise'
-)
+
+@cache
+def _works() -> bool:
+    """Whether oneDNN is there, with registers of 64 bytes, and answers as expected."""
+    if torch.backends.cpu.get_cpu_capability() != 'AVX512':
+        return False
+    x = torch.ones(1, 2)
+    try:
+        return bool(torch.ops.mkldnn._linear_pointwise(x, x, x[0, :1], 'none', [], '') == 3)
+    except (AttributeError, RuntimeError):
+        return False
 
 
-def _on_onednn(*tensors):
-    return _ONEDNN and all(x.dtype == torch.float32 and x.device.type == 'cpu' for x in tensors)
+def _on_onednn(*tensors: Tensor) -> bool:
+    if any(x.dtype != torch.float32 or x.device.type != 'cpu' for x in tensors):
+        return False
+    return torch._C._get_mkldnn_enabled() and _works()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x weightᵀ + bias, (…, M) and (N, M) to (…, N)."""
     if _on_onednn(x, weight):
         x, weight = _dense(x), _dense(weight)
+        bias = None if bias is None else bias.contiguous()  # its stride is not looked at
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     return F.linear(x, weight, bias)
 

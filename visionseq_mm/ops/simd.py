@@ -27,16 +27,16 @@ _FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.C
 AVX512 = '+avx512f' in _FEATURES.split(',')
 
 
-_NAMES = ('simd.py', 'tiles.py')
-#: Of what kernels import.
-_SHARED = zlib.crc32(b''.join(Path(__file__).with_name(n).read_bytes() for n in _NAMES))
+#: Modules whose functions kernels of other modules may call, and what they hold.
+SHARED = ('simd', 'tiles')
+_SHARED_CODE = b''.join(Path(__file__).with_name(f'{n}.py').read_bytes() for n in SHARED)
 
 
 def jit(function):
     """Numba's compiler, without the interpreter's lock; kept on disk where there is a place."""
     options = dict(nogil=True, error_model='numpy')
     # Numba looks for changes in the kernel's file alone, and files the result by this name.
-    function.__qualname__ += f'_{_SHARED:08x}'
+    function.__qualname__ += f'_{zlib.crc32(_SHARED_CODE):08x}'
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither this folder nor the user's cache can be written

@@ -23,7 +23,9 @@ from visionseq_mm.ops.simd import (
     store,
 )
 
-ROWS, VECTORS = 4, (6, 4, 2, 1)  # of a tile; 24 results and what makes them fill 32 registers
+ROWS = (
+    4  # of a tile; with 6 vectors 24 results, and what makes them, in the 32 registers of AVX-512
+)
 
 
 def _strides(builder, array):
@@ -118,11 +120,17 @@ def add_product(c, a, b):
 
 
 @inline
-def product(c, a, b):
-    """c = a b."""
+def clear(c):
+    """c = 0."""
     for i in range(c.shape[0]):
         for j in range(0, c.shape[1], BYTES // c.itemsize):
             store(c, (i, j), splat(load(c, (i, j)), 0.0))
+
+
+@inline
+def product(c, a, b):
+    """c = a b."""
+    clear(c)
     add_product(c, a, b)
 
 

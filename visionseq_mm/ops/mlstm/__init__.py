@@ -30,7 +30,8 @@ def mlstm(
         h_t = Σ_s C_ts v_s / (max(|Σ_s C_ts|, exp(−m_t)) + eps)
 
     Linear in S in time and memory. Gates and sums are float32, or the widest input's type where
-    that is wider.
+    that is wider; Triton keeps the states between chunks in the inputs' type, whose range float16
+    can leave where keys and values are large and nothing is forgotten.
 
     Args:
         q, k, v: (B, S, H, Dh), not scaled, in one dtype.
@@ -42,7 +43,8 @@ def mlstm(
             `VISIONSEQ_BACKEND`, else 'auto'.
 
     Returns:
-        (B, S, H, Dh), in v's dtype.
+        (B, S, H, Dh), in v's dtype. What is not finite may reach earlier tokens too, within a
+        few hundred.
 
     Raises:
         ValueError: shapes that do not fit, an empty sequence, a dtype that is not floating

@@ -28,7 +28,7 @@ from visionseq_mm.ops.simd import (
     store,
     where_greater,
 )
-from visionseq_mm.ops.tiles import add_product, dots, product, transpose
+from visionseq_mm.ops.tiles import add_product, clear, dots, product, transpose
 
 LOG2E = 1 / math.log(2)
 
@@ -133,13 +133,15 @@ def _scratch(M, N, like):
 
 
 @jit
-def _add_states(first, last, x, x_weight, y, z, z_weight, reverse, T, states, norms):
-    """Σ_t w_t x_tᵀ y_t and Σ_t u_t z_t. Tasks: chunks of sequences."""
+def _add_states(first, last, x, x_weight, y, z, z_weight, reverse, T, unread, states, norms):
+    """Σ_t w_t x_tᵀ y_t and Σ_t u_t z_t of all chunks but one. Tasks: chunks of sequences."""
     chunks, N = norms.shape[1:]
     lanes = BYTES // x.itemsize
     weighted = _scratch(T, N, x)
     for task in range(first, last):
         row, chunk = task // chunks, task % chunks
+        if chunk == unread:
+            continue
         x_rows = _rows(x, task, chunks, T, reverse)
         y_rows = _rows(y, task, chunks, T, reverse)
         z_rows = _rows(z, task, chunks, T, reverse)
@@ -156,7 +158,7 @@ def _add_states(first, last, x, x_weight, y, z, z_weight, reverse, T, states, no
 
 
 @inline
-def _split(values, begin, count, parts):
+def _two_parts(values, begin, count, parts):
     """Doubles as sums of two numbers of the type of `parts`, so that differences are exact."""
     for t in range(count):
         x = values[begin + t]
@@ -195,8 +197,8 @@ def _forward(
         v_rows = _rows(v, task, chunks, T, reverse)
         h_rows = _rows(h, task, chunks, T, reverse)
         count = len(q_rows)
-        _split(a[row], begin, count, a_parts)
-        _split(g[row], begin, count, g_parts)
+        _two_parts(a[row], begin, count, a_parts)
+        _two_parts(g[row], begin, count, g_parts)
         transpose(k_turned, k_rows)
         state = states[row, task % chunks, 0:N, 0:N]
         norm = norms[row, task % chunks]
@@ -205,7 +207,9 @@ def _forward(
             width = i + lanes
             rows = scores[0 : end - i, 0:width]
             product(rows, q_rows[i:end, 0:N], k_turned[0:N, 0:width])
-            product(h_rows[i:end, 0:N], q_rows[i:end, 0:N], state)
+            clear(h_rows[i:end, 0:N])
+            if begin > 0:
+                add_product(h_rows[i:end, 0:N], q_rows[i:end, 0:N], state)
             for t in range(i, end):
                 total = splat(load(lines, (0, 0)), 0.0)
                 for d in range(0, N, lanes):
@@ -308,8 +312,8 @@ def _backward(
         v_rows, dv_rows = _rows(v, task, chunks, T, reverse), _rows(dv, task, chunks, T, reverse)
         dh_rows = _rows(dh, task, chunks, T, reverse)
         count = len(q_rows)
-        _split(a[row], begin, count, a_parts)
-        _split(g[row], begin, count, g_parts)
+        _two_parts(a[row], begin, count, a_parts)
+        _two_parts(g[row], begin, count, g_parts)
         transpose(k_turned, k_rows)
         transpose(v_turned, v_rows)
         dstate = dstates[row, chunk, 0:N, 0:N]
@@ -317,9 +321,14 @@ def _backward(
         norm, dnorm = norms[row, chunk], dnorms[row, chunk]
 
         # What came and goes through the states.
-        product(dq_rows, dh_rows, states[row, chunk, 0:N, 0:N])
-        product(dk_rows, v_rows, dstate_turned)
-        product(dv_rows, k_rows, dstate)
+        clear(dq_rows)
+        clear(dk_rows)
+        clear(dv_rows)
+        if chunk > 0:
+            add_product(dq_rows, dh_rows, states[row, chunk, 0:N, 0:N])
+        if chunk < chunks - 1:
+            add_product(dk_rows, v_rows, dstate_turned)
+            add_product(dv_rows, k_rows, dstate)
         for t in range(count):
             w_t, u_t, to_state_t = w[row, begin + t], u[row, begin + t], to_state[row, begin + t]
             for d in range(0, N, lanes):
@@ -401,8 +410,9 @@ class _Cell:
         """Σ w_t x_tᵀ y_t and Σ u_t z_t over all chunks before each, or after it."""
         states = np.empty((self.sequences, self.chunks, self.N, self.N), self.dtype)
         norms = np.empty((self.sequences, self.chunks, self.N), self.dtype)
+        unread = 0 if backwards else self.chunks - 1
         threads.run(
-            _add_states, self.tasks, x, x_weight, y, z, z_weight, *self.walk, states, norms
+            _add_states, self.tasks, x, x_weight, y, z, z_weight, *self.walk, unread, states, norms
         )
         threads.run(_join, self.sequences * (self.N + 1), states, norms, self.decay, backwards)
         return states, norms

@@ -284,6 +284,7 @@ def _carry(
                 entering = entering + (load(states_ptr + (at + 1) * stride, next_one),)
             else:
                 sums = sums + (tl.load(marks_ptr + at * 3, mask=inside, other=0),)
+        tl.debug_barrier()  # a thread may store what another loads
         for c in tl.static_range(AHEAD):
             inside = start + c < chunks
             at = chunks - 1 - start - c if BACKWARD else start + c

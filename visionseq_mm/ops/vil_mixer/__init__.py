@@ -49,6 +49,7 @@ class Weights(NamedTuple):
     proj_down_bias: Tensor | None
 
 
+BIASES = ('proj_up_bias', 'qkv_bias', 'norm_bias', 'proj_down_bias')  # that may be absent
 #: Weights that may be float32 beside half precision, and are under autocast.
 WIDE = ('gates', 'gates_bias', 'norm_weight', 'norm_bias', 'skip')
 
@@ -94,6 +95,7 @@ def vil_mixer(
             point or differs (gates, norm and skip may be float32 beside half precision), inputs
             on several devices, an unknown or unsuitable backend.
     """
+    weights = Weights(*weights)
     device = tokens.device.type
     if device != 'meta' and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -102,65 +104,75 @@ def vil_mixer(
             for name, x in zip(('tokens', *Weights._fields), (tokens, *weights), strict=True)
         )
         weights = Weights(*weights)
+    _check(tokens, weights, grid, reverse, columns, recompute)
     columns = [False] * len(reverse) if columns is None else columns
-    _check(tokens, weights, grid, reverse, columns)
     backend = BACKENDS.select(backend, tokens)
-    if torch.jit.is_tracing():  # where sizes are tensors
-        grid = [int(n) for n in grid]
     keep = 'nothing'
     trains = any(x is not None and x.requires_grad for x in (tokens, *weights))
     # A trace of torch.jit would hold the choice for ever, and checks itself without gradients.
     if trains and torch.is_grad_enabled() and not torch.jit.is_tracing():
         keep = 'cells' if recompute else 'all'
     weights = list(_with_biases(weights))
-    grid, reverse, columns = (list(flags) for flags in (grid, reverse, columns))
-    return _forward(tokens, weights, grid, reverse, columns, keep, backend)[0]
+    # The grid travels as a shape, which a trace keeps up with.
+    tokens = tokens.unflatten(1, grid)
+    out = _forward(tokens, weights, list(reverse), list(columns), keep, backend)[0]
+    return out.flatten(1, 2)
 
 
-def _check(tokens, w, grid, reverse, columns):
+def _check(tokens, w, grid, reverse, columns, recompute):
     op = 'vil_mixer'
+    named = dict(tokens=tokens, **w._asdict())
+    for name, x in named.items():
+        if not isinstance(x, Tensor) and (x is not None or name not in BIASES):
+            raise ValueError(f'{op}: {name} must be a tensor, got {x!r:.60}')
     on_grid = w.conv_weight.dim() == 4
-    sizes = check_inputs(
-        op,
-        tokens=(tokens, 'B L D'),
-        proj_down=(w.proj_down, 'D E'),
-        proj_down_bias=(w.proj_down_bias, 'D'),
-        proj_up=(w.proj_up, '2E D'),
-        proj_up_bias=(w.proj_up_bias, '2E'),
-        conv_weight=(w.conv_weight, 'S E K K' if on_grid else 'S E W'),
-        conv_bias=(w.conv_bias, 'S E'),
-        qkv=(w.qkv, 'S 3 E/4 4 4'),
-        qkv_bias=(w.qkv_bias, 'S 3 E'),
-        gates=(w.gates, 'S 2H 3E'),
-        gates_bias=(w.gates_bias, 'S 2H'),
-        norm_weight=(w.norm_weight, 'S E'),
-        norm_bias=(w.norm_bias, 'S E'),
-        skip=(w.skip, 'S E'),
+    letters = dict(
+        tokens='B L D',
+        proj_down='D E',
+        proj_down_bias='D',
+        conv_weight='S E K K' if on_grid else 'S E W',
+        conv_bias='S E',
+        norm_weight='S E',
+        norm_bias='S E',
+        skip='S E',
+        gates_bias='S 2H',
+        gates='S 2H 3E',
+        proj_up='2E D',
+        proj_up_bias='2E',
+        qkv='S 3 E/4 4 4',
+        qkv_bias='S 3 E',
     )
+    sizes = check_inputs(op, **{name: (named[name], dims) for name, dims in letters.items()})
     S, E, H = sizes['S'], sizes['E'], sizes['2H'] // 2
     if E % BLOCK or not H or E % H:
         raise ValueError(
             f'{op}: E must be a multiple of {BLOCK} and of H, got E = {E} and 2 H = {sizes["2H"]}'
         )
-    expected = {'2E': 2 * E, '3E': 3 * E, 'E/4': E // 4, '2H': 2 * H, '3': 3, '4': 4}
-    for letters, size in expected.items():
-        if sizes[letters] != size:
+    derived = {'2E': 2 * E, '3E': 3 * E, 'E/4': E // 4, '2H': 2 * H, '3': 3, '4': 4}
+    for name, dims in letters.items():
+        expected = tuple(derived.get(letter, sizes[letter]) for letter in dims.split())
+        if named[name] is not None and tuple(named[name].shape) != expected:
             raise ValueError(
-                f'{op}: the dimension {letters} of the weights must be {size}, where E = {E} and '
-                f'H = {H}; got {sizes[letters]}'
+                f'{op}: {name} must be ({dims.replace(" ", ", ")}) = {expected}, where E = {E} '
+                f'and H = {H}; got shape {tuple(named[name].shape)}'
             )
     if on_grid and sizes['K'] % 2 == 0:
         raise ValueError(f'{op}: a kernel on the grid has an odd side, got {sizes["K"]}')
-    if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != sizes['L']:
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or isinstance(grid[0], float):
+        raise ValueError(f'{op}: grid must be two integers, rows and columns, got {grid!r}')
+    if min(grid) < 1 or grid[0] * grid[1] != sizes['L']:
         raise ValueError(
             f'{op}: grid must be the rows and columns of {sizes["L"]} tokens, got {tuple(grid)}'
         )
     for name, flags in dict(reverse=reverse, columns=columns).items():
-        if len(flags) != S:
+        if flags is None and name == 'columns':
+            continue
+        if not isinstance(flags, tuple | list) or len(flags) != S:
             raise ValueError(
-                f'{op}: {name} must have an entry for each of {S} directions, got {list(flags)}'
+                f'{op}: {name} must have an entry for each of {S} directions, got {flags!r}'
             )
-    named = dict(tokens=tokens, **w._asdict())
+    if not isinstance(recompute, bool):
+        raise ValueError(f'{op}: recompute must be True or False, got {recompute!r}')
     check_dtypes(
         op,
         {name: x for name, x in named.items() if name not in WIDE},
@@ -272,19 +284,20 @@ class _Direction:
     'visionseq_mm::vil_mixer',
     mutates_args=(),
     schema=(
-        '(Tensor tokens, Tensor[] weights, SymInt[] grid, int[] reverse, int[] columns, str keep, '
-        'str backend) -> Tensor[]'
+        '(Tensor tokens, Tensor[] weights, int[] reverse, int[] columns, str keep, str backend) '
+        '-> Tensor[]'
     ),
 )
-def _forward(tokens, weights, grid, reverse, columns, keep, backend):
-    """The output and what to keep for the backward.
+def _forward(tokens, weights, reverse, columns, keep, backend):
+    """The output and what to keep for the backward, of tokens on their grid (B, h, w, D).
 
     For 'cells' h and its sums of each direction; for 'all' x and z before them, and c, q, k, v, i
     and f before each h.
     """
     ops, w = BACKENDS[backend], Weights(*weights)
+    grid = tokens.shape[1:3]
     with torch.autocast(tokens.device.type, enabled=False):
-        x, z = _project_up(tokens, w)
+        x, z = _project_up(tokens.flatten(1, 2), w)
         kept = [x, z] if keep == 'all' else []
         y = None
         for s in range(len(reverse)):
@@ -299,7 +312,8 @@ def _forward(tokens, weights, grid, reverse, columns, keep, backend):
             gated = way.restore(ops.post(h, c, way.arrange(z), *way.norm, NORM_EPS))
             del c, h
             y = gated if y is None else y.add_(gated)
-        return [linear(y, w.proj_down, w.proj_down_bias), *kept]
+        out = linear(y, w.proj_down, w.proj_down_bias)
+        return [out.unflatten(1, grid), *kept]
 
 
 def _project_up(tokens, w):
@@ -308,9 +322,9 @@ def _project_up(tokens, w):
 
 
 @_forward.register_fake
-def _(tokens, weights, grid, reverse, columns, keep, backend):
+def _(tokens, weights, reverse, columns, keep, backend):
     w = Weights(*weights)
-    B, L, _ = tokens.shape
+    B, L = len(tokens), tokens.shape[1] * tokens.shape[2]
     E, H = w.skip.shape[1], w.gates_bias.shape[1] // 2
 
     def new(*shape, dtype=None):
@@ -331,14 +345,16 @@ def _(tokens, weights, grid, reverse, columns, keep, backend):
     'visionseq_mm::vil_mixer_backward',
     mutates_args=(),
     schema=(
-        '(Tensor dout, Tensor tokens, Tensor[] weights, Tensor[] kept, SymInt[] grid, '
-        'int[] reverse, int[] columns, str backend) -> Tensor[]'
+        '(Tensor dout, Tensor tokens, Tensor[] weights, Tensor[] kept, int[] reverse, '
+        'int[] columns, str backend) -> Tensor[]'
     ),
 )
-def _backward(dout, tokens, weights, kept, grid, reverse, columns, backend):
+def _backward(dout, tokens, weights, kept, reverse, columns, backend):
     """Gradients of the tokens and of the weights."""
     ops, w = BACKENDS[backend], Weights(*weights)
     S = len(reverse)
+    grid, inputs = tokens.shape[1:3], (tokens, *weights)
+    tokens, dout = tokens.flatten(1, 2), dout.flatten(1, 2)
     everything = len(kept) > 2 * S
     with torch.autocast(tokens.device.type, enabled=False):
         x, z = kept[:2] if everything else _project_up(tokens, w)
@@ -349,15 +365,15 @@ def _backward(dout, tokens, weights, kept, grid, reverse, columns, backend):
         for s in range(S):
             way = _Direction(w, s, grid, reverse, columns)
             x_s, z_s = way.arrange(x), way.arrange(z)
-            *inputs, h, sums = cells[s * len(cells) // S : (s + 1) * len(cells) // S]
-            c, *inputs = inputs or way.pre(ops, x_s)
+            *of_cell, h, sums = cells[s * len(cells) // S : (s + 1) * len(cells) // S]
+            c, *of_cell = of_cell or way.pre(ops, x_s)
             dxz_s = dxz if s == 0 and not way.columns else torch.empty_like(dxz)
             dx_s, dz_s = dxz_s.chunk(2, -1)
             gated, dh, dc, *dnorm = ops.post_backward(
                 way.arrange(dy), h, c, z_s, *way.norm, NORM_EPS, dz_s
             )
-            cell_grads = ops.cell_backward(dh, *inputs, h, sums, way.reverse, CELL_EPS)
-            del inputs, dh
+            cell_grads = ops.cell_backward(dh, *of_cell, h, sums, way.reverse, CELL_EPS)
+            del of_cell, dh
             of_directions.append([*way.pre_backward(ops, dc, cell_grads, x_s, c, dx_s), *dnorm])
             del cell_grads, dc, c
             gated = way.restore(gated)
@@ -367,24 +383,23 @@ def _backward(dout, tokens, weights, kept, grid, reverse, columns, backend):
             elif way.columns:
                 dxz.copy_(way.restore(dxz_s))
         grads = (
-            input_gradient(dxz, w.proj_up),
+            input_gradient(dxz, w.proj_up).unflatten(1, grid),
             weight_gradient(dxz, tokens),
             dxz.sum((0, 1)),
             *(torch.stack(of_each) for of_each in zip(*of_directions, strict=True)),
             weight_gradient(dout, y),
             dout.sum((0, 1)),
         )
-    inputs = (tokens, *weights)
     return [dx.to(x.dtype).contiguous() for dx, x in zip(grads, inputs, strict=True)]
 
 
 @_backward.register_fake
-def _(dout, tokens, weights, kept, grid, reverse, columns, backend):
+def _(dout, tokens, weights, kept, reverse, columns, backend):
     return [x.new_empty(x.shape) for x in (tokens, *weights)]
 
 
 def _save(ctx, inputs, output):
-    tokens, weights, ctx.grid, ctx.reverse, ctx.columns, _, ctx.backend = inputs
+    tokens, weights, ctx.reverse, ctx.columns, _, ctx.backend = inputs
     ctx.save_for_backward(tokens, *weights, *output[1:])
 
 
@@ -393,25 +408,26 @@ def _differentiate(ctx, grads):
     count = 1 + len(Weights._fields)
     tokens, *weights = saved[:count]
     kept = list(saved[count:])
-    way = ctx.grid, ctx.reverse, ctx.columns
+    directions = ctx.reverse, ctx.columns
     if not kept:  # a graph that was made without gradients
-        kept = _forward(tokens, weights, *way, 'cells', ctx.backend)[1:]
-    dtokens, *dweights = _backward(grads[0], tokens, weights, kept, *way, ctx.backend)
-    return dtokens, dweights, None, None, None, None, None
+        kept = _forward(tokens, weights, *directions, 'cells', ctx.backend)[1:]
+    dtokens, *dweights = _backward(grads[0], tokens, weights, kept, *directions, ctx.backend)
+    return dtokens, dweights, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _flops(tokens, weights):
-    """Operations before the cells, and of the cells and the projection down."""
+    """Operations before the cells, of the cells, and of the projection down."""
     w = Weights(*weights)
-    B, L, D = tokens
+    B, rows, columns, D = tokens
+    L = rows * columns
     S, E, *kernel = w.conv_weight
     H = w.gates_bias[1] // 2
     taps = kernel[0] * kernel[-1] if len(kernel) == 2 else kernel[0]
     before = 2 * B * L * E * (2 * D + S * (taps + 3 * BLOCK + 3 * 2 * H))
-    return before, 2 * B * L * E * D + S * mlstm_flops((B, L, H, E // H))
+    return before, S * mlstm_flops((B, L, H, E // H)), 2 * B * L * E * D
 
 
 @register_flop_formula(torch.ops.visionseq_mm.vil_mixer)
@@ -424,13 +440,8 @@ def mixer_flops(tokens, weights, *args, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.visionseq_mm.vil_mixer_backward)
-def _backward_flops(dout, tokens, weights, kept, grid, reverse, *args, **kwargs):
+def _backward_flops(dout, tokens, weights, kept, reverse, *args, **kwargs):
     """Two for one of the forward pass, half of the cells' again, and what was not kept."""
-    before, after = _flops(tokens, weights)
-    w = Weights(*weights)
-    B, L, _ = tokens
-    S, E = w.skip
-    H = w.gates_bias[1] // 2
-    states = S * mlstm_flops((B, L, H, E // H)) // 2
+    before, cells, after = _flops(tokens, weights)
     recomputed = before if len(kept) == 2 * len(reverse) else 0
-    return 2 * (before + after) + states + recomputed
+    return 2 * (before + cells + after) + cells // 2 + recomputed

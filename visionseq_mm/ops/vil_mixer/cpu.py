@@ -283,7 +283,7 @@ def _through(
                         store(dx, (n, d), total)
 
 
-def _split(tokens):
+def _tasks(tokens):
     """Number of tasks, and tokens of each."""
     size = -(-tokens // (TASKS * ROWS)) * ROWS
     return -(-tokens // size), size
@@ -318,7 +318,7 @@ def pre(x, taps, conv_bias, qkv, qkv_bias, gates_c, gates_x, gates_bias, grid, o
     G = len(gates_bias)
     channels = Channels(E, widest_dtype(x))
     array = channels.array
-    tasks, size = _split(B * L)
+    tasks, size = _tasks(B * L)
     outputs = [channels.new(B * L) for _ in 'cqkv']
     gates = torch.empty(tasks * size, G, dtype=channels.dtype)
     threads.run(
@@ -338,9 +338,10 @@ def pre(x, taps, conv_bias, qkv, qkv_bias, gates_c, gates_x, gates_bias, grid, o
         gates.flatten().numpy(),
     )
     c, *heads = (_finish(channels, y, x) for y in outputs)
-    i, f = (gates[: B * L].view(B, L, G) + gates_bias).chunk(2, -1)
+    gates = gates[: B * L].view(B, L, 2, G // 2) + gates_bias.view(2, -1)
+    i, f = (part.clone(memory_format=torch.contiguous_format) for part in gates.unbind(2))
     q, k, v = (y.unflatten(2, (G // 2, -1)) for y in heads)
-    return c, q, k, v, i.contiguous(), f.contiguous()
+    return c, q, k, v, i, f
 
 
 def pre_backward(
@@ -349,7 +350,7 @@ def pre_backward(
     B, L, E = x.shape
     G = len(gates_c)
     channels = Channels(E, widest_dtype(x))
-    tasks, size = _split(B * L)
+    tasks, size = _tasks(B * L)
     moves, grid = _moves(taps, origin), tuple(grid)
     tokens = (y.flatten(2).flatten(0, 1) for y in (dc, dq, dk, dv, x, c))
     dc, dq, dk, dv, x, c = (channels.array(y) for y in tokens)
@@ -510,7 +511,7 @@ def _of_heads(channels, tensors, heads):
 def post(h, c, z, norm_weight, norm_bias, skip, eps):
     B, L, H, Dh = h.shape
     channels = Channels(Dh, widest_dtype(h))
-    tasks, size = _split(B * L)
+    tasks, size = _tasks(B * L)
     tokens = (x.flatten(0, 1) for x in (h.flatten(2), c, z))
     y = channels.new(B * L, H)
     threads.run(
@@ -529,7 +530,7 @@ def post(h, c, z, norm_weight, norm_bias, skip, eps):
 def post_backward(dy, h, c, z, norm_weight, norm_bias, skip, eps, dz):
     B, L, H, Dh = h.shape
     channels = Channels(Dh, widest_dtype(h))
-    tasks, size = _split(B * L)
+    tasks, size = _tasks(B * L)
     tokens = (x.flatten(0, 1) for x in (dy, h.flatten(2), c, z))
     results = [channels.new(B * L, H) for _ in range(3)]
     own_dz = _place(channels, dz, B * L, H)

@@ -58,7 +58,7 @@ def pre(x, taps, conv_bias, qkv, qkv_bias, gates_c, gates_x, gates_bias, grid, o
         for of, weight, bias in zip((c, c, x_), qkv, qkv_bias, strict=True)
     )
     gates = (c @ gates_c.mT + x_ @ gates_x.mT + gates_bias).to(wide)
-    i, f = (part.contiguous() for part in gates.chunk(2, -1))
+    i, f = (part.clone(memory_format=torch.contiguous_format) for part in gates.chunk(2, -1))
     return c.to(x.dtype), q, k, v, i, f
 
 
