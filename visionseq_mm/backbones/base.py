@@ -269,6 +269,19 @@ class PlainBackbone(SequenceBackbone):
         self.pos_embed = nn.Parameter(torch.empty(1, *grid, embed_dims))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
+    def recomputes_in_kernel(self, recompute):
+        """Whether a mixer keeps little; in a block that is computed again it need not.
+
+        Raises:
+            ValueError: For an unknown level.
+        """
+        if recompute not in ('none', 'kernel'):
+            raise ValueError(
+                f"recompute must be 'none' or 'kernel', got {recompute!r}; with_cp=True "
+                'recomputes whole blocks'
+            )
+        return recompute == 'kernel' and not self.with_cp
+
     def embed(self, image):
         """Tokens with their positions: (B, 3, H, W) -> (B, h, w, D)."""
         self.check_image(image, PatchEmbed.size)

@@ -369,11 +369,7 @@ class ViL(PlainBackbone):
             raise ValueError(
                 f'traversal must be one of {", ".join(map(repr, TRAVERSALS))}, got {traversal!r}'
             )
-        if recompute not in ('none', 'kernel'):
-            raise ValueError(
-                f"recompute must be 'none' or 'kernel', got {recompute!r}; with_cp=True "
-                'recomputes whole blocks'
-            )
+        in_kernel = self.recomputes_in_kernel(recompute)
         self.version = version
         self.pooling = self.resolve_pooling(pooling, traversal)
         self.official_names = checkpoints.VIL[version]
@@ -392,8 +388,6 @@ class ViL(PlainBackbone):
         cycle, shared = TRAVERSALS[traversal]
 
         def build_block(i):
-            # A block that is computed again need not spare its own activations.
-            in_kernel = recompute == 'kernel' and not with_cp
             paths = cycle[i % len(cycle)]
             layer = ViLLayer(self.embed_dims, version, paths, shared, in_kernel)
             return ViLBlock(self.embed_dims, version, layer, rates[i])

@@ -245,11 +245,7 @@ class Vim(PlainBackbone):
                 "bidirectional must be 'none', 'layer', 'ssm' or 'ssm_conv', "
                 f'got {bidirectional!r}'
             )
-        if recompute not in ('none', 'kernel'):
-            raise ValueError(
-                f"recompute must be 'none' or 'kernel', got {recompute!r}; with_cp=True "
-                'recomputes whole blocks'
-            )
+        in_kernel = self.recomputes_in_kernel(recompute)
         self.out_indices = self.resolve_outputs(
             out_indices,
             self.depth,
@@ -285,8 +281,7 @@ class Vim(PlainBackbone):
                 self.depth,
                 bidirectional,
                 reverse=bidirectional == 'layer' and i % 2 == 1,
-                # A block that is computed again need not spare its own activations.
-                recompute=recompute == 'kernel' and not with_cp,
+                recompute=in_kernel,
             )
             self.blocks.append(VimBlock(self.embed_dims, mixer, rates[i]))
         self.finish_init(out_norm, [self.embed_dims] * len(self.out_indices))

@@ -78,11 +78,11 @@ def _of_vector(builder, name, vector, count):
     )
 
 
-def _fma(builder, a, b, c):
+def emit_fma(builder, a, b, c):
     return builder.call(_of_vector(builder, 'llvm.fma', a.type, 3), (a, b, c))
 
 
-def _splat(builder, scalar, lanes):
+def emit_splat(builder, scalar, lanes):
     vector = ir.VectorType(scalar.type, lanes)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.IntType(32)(0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
@@ -152,7 +152,7 @@ def broadcast(typing, array, index):
 
     def generate(context, builder, signature, args):
         scalar = builder.load(_pointer(context, builder, signature, args))
-        return _splat(builder, scalar, vector.lanes)
+        return emit_splat(builder, scalar, vector.lanes)
 
     return vector(array, index), generate
 
@@ -163,7 +163,7 @@ def splat(typing, like, scalar):
 
     def generate(context, builder, signature, args):
         number = context.cast(builder, args[1], scalar, like.dtype)
-        return _splat(builder, number, like.lanes)
+        return emit_splat(builder, number, like.lanes)
 
     return like(like, scalar), generate
 
@@ -302,7 +302,7 @@ def fma(typing, a, b, c):
         raise TypingError('fma takes three vectors of one dtype')
 
     def generate(context, builder, signature, args):
-        return _fma(builder, *args)
+        return emit_fma(builder, *args)
 
     return a(a, b, c), generate
 
@@ -359,12 +359,12 @@ def _horner(typing, x, coefficients):
     def generate(context, builder, signature, args):
         numbers = cgutils.unpack_tuple(builder, args[1], count=count)
         terms = [
-            _splat(builder, context.cast(builder, c, types.float64, x.dtype), x.lanes)
+            emit_splat(builder, context.cast(builder, c, types.float64, x.dtype), x.lanes)
             for c in numbers
         ]
         total = terms[0]
         for term in terms[1:]:
-            total = _fma(builder, total, args[0], term)
+            total = emit_fma(builder, total, args[0], term)
         return total
 
     return x(x, coefficients), generate
@@ -392,7 +392,7 @@ def _exponents(typing, x):
             scales = rounded
         else:
             # Adding 1.5 · 2^mantissa leaves the integer in the low bits.
-            magic = _splat(builder, x_.type.element(1.5 * 2.0 ** _mantissa(x)), x.lanes)
+            magic = emit_splat(builder, x_.type.element(1.5 * 2.0 ** _mantissa(x)), x.lanes)
             scales = builder.fadd(x_, magic)
             rounded = builder.fsub(scales, magic)
         return context.make_tuple(builder, signature.return_type, (rounded, scales))

@@ -12,8 +12,8 @@ from numba.extending import intrinsic
 from visionseq_mm.ops.simd import (
     BYTES,
     Vector,
-    _fma,
-    _splat,
+    emit_fma,
+    emit_splat,
     fma,
     inline,
     jit,
@@ -23,9 +23,8 @@ from visionseq_mm.ops.simd import (
     store,
 )
 
-ROWS = (
-    4  # of a tile; with 6 vectors 24 results, and what makes them, in the 32 registers of AVX-512
-)
+# Of a tile; with 6 vectors 24 results, and what makes them, in the 32 registers of AVX-512.
+ROWS = 4
 
 
 def _strides(builder, array):
@@ -80,10 +79,10 @@ def _tile(typing, rows, vectors, c, i, j, a, b):
             ]
             for r in range(R):
                 place = _at(builder, a_k, builder.mul(integer(r), a_row), element)
-                factor = _splat(builder, builder.load(place, align=size), vector.lanes)
+                factor = emit_splat(builder, builder.load(place, align=size), vector.lanes)
                 for v in range(V):
                     total = sums[r * V + v]
-                    builder.store(_fma(builder, factor, row[v], builder.load(total)), total)
+                    builder.store(emit_fma(builder, factor, row[v], builder.load(total)), total)
         for target, total in zip(targets, sums, strict=True):
             builder.store(builder.load(total), target, align=size)
         return context.get_dummy_value()

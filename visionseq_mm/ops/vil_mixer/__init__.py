@@ -297,18 +297,25 @@ def _forward(tokens, weights, reverse, columns, keep, backend):
     ops, w = BACKENDS[backend], Weights(*weights)
     grid = tokens.shape[1:3]
     with torch.autocast(tokens.device.type, enabled=False):
-        x, z = _project_up(tokens.flatten(1, 2), w)
-        kept = [x, z] if keep == 'all' else []
-        y = None
+        tokens, (to_x, to_z) = tokens.flatten(1, 2), _projections_up(w)
+        x, z, y = linear(tokens, *to_x), None, None
+        kept = []
+        if keep == 'all':
+            z = linear(tokens, *to_z)
+            kept = [x, z]
         for s in range(len(reverse)):
             way = _Direction(w, s, grid, reverse, columns)
             c, *inputs = way.pre(ops, way.arrange(x))
+            if s == len(reverse) - 1:
+                del x
             h, sums = ops.cell(*inputs, way.reverse, CELL_EPS)
             if keep == 'all':
                 kept += [c, *inputs]
             del inputs
             if keep != 'nothing':
                 kept += [h, sums]
+            if z is None:  # not beside what only the cell needs
+                z = linear(tokens, *to_z)
             gated = way.restore(ops.post(h, c, way.arrange(z), *way.norm, NORM_EPS))
             del c, h
             y = gated if y is None else y.add_(gated)
@@ -316,9 +323,9 @@ def _forward(tokens, weights, reverse, columns, keep, backend):
         return [out.unflatten(1, grid), *kept]
 
 
-def _project_up(tokens, w):
-    weights, biases = w.proj_up.chunk(2), w.proj_up_bias.chunk(2)
-    return [linear(tokens, *pair) for pair in zip(weights, biases, strict=True)]
+def _projections_up(w):
+    """Weights and biases of x, and of z."""
+    return zip(w.proj_up.chunk(2), w.proj_up_bias.chunk(2), strict=True)
 
 
 @_forward.register_fake
@@ -357,7 +364,7 @@ def _backward(dout, tokens, weights, kept, reverse, columns, backend):
     tokens, dout = tokens.flatten(1, 2), dout.flatten(1, 2)
     everything = len(kept) > 2 * S
     with torch.autocast(tokens.device.type, enabled=False):
-        x, z = kept[:2] if everything else _project_up(tokens, w)
+        x, z = kept[:2] if everything else (linear(tokens, *p) for p in _projections_up(w))
         cells = kept[2:] if everything else kept
         dxz = tokens.new_empty((*tokens.shape[:2], len(w.proj_up)))
         dy = input_gradient(dout, w.proj_down)
