@@ -61,7 +61,7 @@ REGISTERS = {  # of a thread, for heads of 96 and of 384 channels
 }
 
 
-@pytest.mark.parametrize('Dh, which', [(96, 0), (384, 1)])
+@pytest.mark.parametrize('Dh, which', [(96, 0), pytest.param(384, 1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', REGISTERS)
 def test_half_precision(name, Dh, which, tmp_path):
     """Products on the tensor cores of a warp group, and nothing that does not fit registers.
