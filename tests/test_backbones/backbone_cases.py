@@ -68,6 +68,23 @@ def loss_of(outputs):
     return total
 
 
+def step_and_count(model, picture):
+    """Gradients of all parameters, and the bytes that are kept for them besides these."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = loss_of(model(picture))
+    loss.backward()
+    return [p.grad for p in model.parameters()], sum(sizes.values())
+
+
 def gradients(model, *inputs):
     """Outputs, and {parameter name: gradient or None} of their :func:`loss_of`."""
     model.zero_grad(set_to_none=True)

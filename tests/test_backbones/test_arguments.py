@@ -319,10 +319,12 @@ def test_recomputation_keeps_less(name):
 
     if name == 'secvit':  # whose downsampling is no block
         assert kept(with_cp=True) < kept() / 4
-    else:
-        everything = kept(recompute='none')
-        assert kept(with_cp=True) < everything / 20
-        assert kept() < everything
+        return
+    everything = kept(recompute='none')
+    assert kept(with_cp=True) < everything / 20
+    assert kept() < everything
+    if name.startswith('vim'):  # whose mixers keep no output
+        assert kept(with_cp=True) < kept() / 20
 
 
 # -------------------------------------------------------- init_cfg, min_matched

@@ -81,4 +81,5 @@ def test_forward_and_backward(name, capsys):
         added = [step(name, **level) for level in levels]
     assert added[0] < BUDGET
     for more, less in pairwise(added):
-        assert less < 0.8 * more
+        # A ViL layer keeps its cells' output, twice its input.
+        assert less < (0.7 if name == 'ViL' else 0.6) * more

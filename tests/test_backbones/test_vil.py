@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backbone_cases import PLAIN, build, gradients, image, loss_of, randomize
+from backbone_cases import PLAIN, build, gradients, image, loss_of, randomize, step_and_count
 from backbone_twins import vil_twin
 from mmcv.cnn.bricks import DropPath
 
@@ -273,21 +273,9 @@ def test_recomputation_levels(version, traversal):
     picture = image(256, 256)
     results, kept = [], []
     for level in (dict(recompute='none'), dict(), dict(with_cp=True)):
-        model = small(version, traversal, **level)
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        sizes = {}
-
-        def keep(x, sizes=sizes, parameters=parameters):
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = loss_of(model(picture))
-        loss.backward()
-        results.append([p.grad for p in model.parameters()])
-        kept.append(sum(sizes.values()))
+        grads, size = step_and_count(small(version, traversal, **level), picture)
+        results.append(grads)
+        kept.append(size)
     assert None not in results[0]
     # Float32, whose rounding depends on the order of the sums.
     for other in results[1:]:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_cases import build, gradients, image, loss_of, randomize
+from backbone_cases import build, gradients, image, loss_of, randomize, step_and_count
 from backbone_twins import (
     affine,
     causal_conv_twin,
@@ -203,21 +203,9 @@ def test_recomputation_levels(design):
     picture = image(512, 512)
     results, kept = [], []
     for level in (dict(recompute='none'), dict(), dict(with_cp=True)):
-        model = build('vim', bidirectional=design, **level)
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        sizes = {}
-
-        def keep(x, sizes=sizes, parameters=parameters):
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = loss_of(model(picture))
-        loss.backward()
-        results.append([p.grad for p in model.parameters()])
-        kept.append(sum(sizes.values()))
+        grads, size = step_and_count(build('vim', bidirectional=design, **level), picture)
+        results.append(grads)
+        kept.append(size)
     torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(results[0], results[2])
     none, kernel, block = kept

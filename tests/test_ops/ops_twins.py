@@ -433,6 +433,19 @@ def run(fn, inputs, dout=None):
     return [out.detach(), *torch.autograd.grad(out, inputs, dout.to(out.dtype))]
 
 
+def run_and_count(fn, inputs):
+    """`run`, and the elements that are kept for the backward besides `inputs`."""
+    sizes = []
+
+    def keep(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        results = run(fn, inputs)
+    return results, sum(sizes) - sum(x.numel() for x in inputs)
+
+
 def assert_close(actual, expected, ratio):
     """RMS of each error against RMS of what is expected; NaN and inf never pass."""
     for n, (x, y) in enumerate(zip(actual, expected, strict=True)):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_twins import CASES, assert_close, layer_inputs, layer_twin, on_grid, run
+from ops_twins import CASES, assert_close, layer_inputs, layer_twin, on_grid, run, run_and_count
 
 from visionseq_mm.ops import vil_mixer
 from visionseq_mm.ops.vil_mixer import BIASES, Weights
@@ -62,20 +62,15 @@ def test_absent_biases_are_zero(backend):
 @every_backend
 def test_recomputation_changes_nothing_but_memory(backend):
     inputs = [x.float() for x in layer_inputs(130, D=16, S=1)]
-    results, kept = [], []
-    for recompute in (True, False):
-        sizes = []
-
-        def keep(x, sizes=sizes):
-            sizes.append(x.numel())
-            return x
-
-        def op(*xs, recompute=recompute):
-            return on_grid(*xs, **ONE, recompute=recompute, backend=backend)
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            results.append(run(op, inputs))
-        kept.append(sum(sizes) - sum(x.numel() for x in inputs))
+    results, kept = zip(
+        *(
+            run_and_count(
+                lambda *xs, r=r: on_grid(*xs, **ONE, recompute=r, backend=backend), inputs
+            )
+            for r in (True, False)
+        ),
+        strict=True,
+    )
     torch.testing.assert_close(*results, rtol=0, atol=0)
     inner, rows = 2 * 130 * 32, 2 * 2 * 130
     assert kept[0] == inner + rows  # h and the sums of its rows

@@ -10,6 +10,7 @@ from ops_twins import (
     mixer_inputs,
     mixer_twin,
     run,
+    run_and_count,
 )
 
 from visionseq_mm.ops import conv1d_silu, vim_mixer
@@ -73,22 +74,15 @@ def test_widths(backend, D, N, R, W):
 @every_backend
 def test_recomputation_changes_nothing_but_memory(backend):
     inputs = [x.float() for x in mixer_inputs(130, D=16)]
-    results, kept = [], []
-    for recompute in (True, False):
-        sizes = []
-
-        def keep(x, sizes=sizes):
-            sizes.append(x.numel())
-            return x
-
-        def op(*xs, recompute=recompute):
-            return vim_mixer(*xs, recompute=recompute, backend=backend)
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            results.append(run(op, inputs))
-        kept.append(sum(sizes) - sum(x.numel() for x in inputs[1:]))
+    results, kept = zip(
+        *(
+            run_and_count(lambda *xs, r=r: vim_mixer(*xs, recompute=r, backend=backend), inputs)
+            for r in (True, False)
+        ),
+        strict=True,
+    )
     torch.testing.assert_close(*results, rtol=0, atol=0)
-    states, inner = kept[0] - inputs[0].numel(), 2 * 130 * 32
+    states, inner = kept[0], 2 * 130 * 32
     assert 0 < states < inner
     # x, z, u of two directions, the gated mean; low, B and C.
     assert kept[1] - kept[0] == 5 * inner + 2 * 2 * 130 * (2 + 2 * 3)

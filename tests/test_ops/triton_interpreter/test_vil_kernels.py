@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_twins import assert_close, normal
+from ops_twins import assert_close, layer_inputs, normal, on_grid, run
 
 from visionseq_mm.ops.vil_mixer import reference
 from visionseq_mm.ops.vil_mixer import triton as kernels
@@ -190,3 +190,13 @@ def test_nan_stays_in_its_token_and_head():
         assert torch.equal(x.isnan().flatten(2), spoilt)
     assert torch.equal(dweight.isnan(), spoilt[0, 4])
     assert not any(x.isnan().any() for x in (dc, dbias, dskip))
+
+
+@pytest.mark.parametrize(('kernel', 'recompute'), [((3, 3), True), ((4,), False)])
+def test_whole_layer(kernel, recompute):
+    """Two directions, one of them by columns, through the public operation."""
+    inputs = layer_inputs(35, D=8, kernel=kernel)
+    expected = run(lambda *xs: on_grid(*xs, backend='reference'), inputs)
+    options = dict(recompute=recompute, backend='triton')
+    actual = run(lambda *xs: on_grid(*xs, **options), [x.float() for x in inputs])
+    assert_close(actual, expected, 2e-5)

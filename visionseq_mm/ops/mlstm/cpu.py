@@ -188,7 +188,7 @@ def _forward(
     lanes = BYTES // q.itemsize
     places = np.arange(T).astype(q.dtype)
     a_parts, g_parts = np.zeros((2, T), q.dtype), np.zeros((2, T), q.dtype)
-    k_turned, scores = _scratch(N, T, q), _scratch(lanes, T, q)
+    k_transposed, scores = _scratch(N, T, q), _scratch(lanes, T, q)
     lines, totals = np.empty((lanes, lanes), q.dtype), np.empty(lanes, q.dtype)
     for task in range(first, last):
         row, begin = task // chunks, task % chunks * T
@@ -199,14 +199,14 @@ def _forward(
         count = len(q_rows)
         _two_parts(a[row], begin, count, a_parts)
         _two_parts(g[row], begin, count, g_parts)
-        transpose(k_turned, k_rows)
+        transpose(k_transposed, k_rows)
         state = states[row, task % chunks, 0:N, 0:N]
         norm = norms[row, task % chunks]
         for i in range(0, count, lanes):
             end = min(i + lanes, count)
             width = i + lanes
             rows = scores[0 : end - i, 0:width]
-            product(rows, q_rows[i:end, 0:N], k_turned[0:N, 0:width])
+            product(rows, q_rows[i:end, 0:N], k_transposed[0:N, 0:width])
             clear(h_rows[i:end, 0:N])
             if begin > 0:
                 add_product(h_rows[i:end, 0:N], q_rows[i:end, 0:N], state)
@@ -295,13 +295,14 @@ def _backward(
 ):
     """Gradients of q, k and v, and those of the rows. Tasks: chunks of sequences.
 
-    States are turned, [v, k], their gradients are not.
+    States are transposed, [v, k], their gradients are not.
     """
     chunks, N = norms.shape[1:]
     lanes = BYTES // q.itemsize
     places = np.arange(T).astype(q.dtype)
     a_parts, g_parts = np.zeros((2, T), q.dtype), np.zeros((2, T), q.dtype)
-    k_turned, v_turned, dstate_turned = _scratch(N, T, q), _scratch(N, T, q), _scratch(N, N, q)
+    k_transposed, v_transposed = _scratch(N, T, q), _scratch(N, T, q)
+    dstate_transposed = _scratch(N, N, q)
     scores, dP = _scratch(T, T, q), _scratch(T, T, q)
     lines, sums = np.empty((lanes, lanes), q.dtype), np.empty((2, T), q.dtype)
     for task in range(first, last):
@@ -314,10 +315,10 @@ def _backward(
         count = len(q_rows)
         _two_parts(a[row], begin, count, a_parts)
         _two_parts(g[row], begin, count, g_parts)
-        transpose(k_turned, k_rows)
-        transpose(v_turned, v_rows)
+        transpose(k_transposed, k_rows)
+        transpose(v_transposed, v_rows)
         dstate = dstates[row, chunk, 0:N, 0:N]
-        transpose(dstate_turned, dstate)
+        transpose(dstate_transposed, dstate)
         norm, dnorm = norms[row, chunk], dnorms[row, chunk]
 
         # What came and goes through the states.
@@ -327,7 +328,7 @@ def _backward(
         if chunk > 0:
             add_product(dq_rows, dh_rows, states[row, chunk, 0:N, 0:N])
         if chunk < chunks - 1:
-            add_product(dk_rows, v_rows, dstate_turned)
+            add_product(dk_rows, v_rows, dstate_transposed)
             add_product(dv_rows, k_rows, dstate)
         for t in range(count):
             w_t, u_t, to_state_t = w[row, begin + t], u[row, begin + t], to_state[row, begin + t]
@@ -342,8 +343,8 @@ def _backward(
         # in dv; the rows' and columns' sums of E join those of the states.
         for i in range(0, count, lanes):
             end, width = min(i + lanes, count), i + lanes
-            product(scores[i:end, 0:width], q_rows[i:end, 0:N], k_turned[0:N, 0:width])
-            product(dP[i:end, 0:width], dh_rows[i:end, 0:N], v_turned[0:N, 0:width])
+            product(scores[i:end, 0:width], q_rows[i:end, 0:N], k_transposed[0:N, 0:width])
+            product(dP[i:end, 0:width], dh_rows[i:end, 0:N], v_transposed[0:N, 0:width])
             for t in range(i, end):
                 r_t, dsum_t = r[row, begin + t], dsum[row, begin + t]
                 total = splat(load(lines, (0, 0)), 0.0)

@@ -197,7 +197,7 @@ class _Direction:
     """One direction in the terms of a backend's parts, which know none of its kinds.
 
     The convolution is `taps` (E, rows, columns) on `grid`, the tap at `origin` on the token
-    itself: a sequence is a grid of one row, and a reversed direction has its taps turned. The
+    itself: a sequence is a grid of one row, and a reversed direction has its taps flipped. The
     gates are linear in q, k and v, these in c and x, so that `gates_c` c + `gates_x` x +
     `gates_bias` gives them, with weights (2 H, E) in the accumulator's type.
     """
@@ -213,7 +213,7 @@ class _Direction:
         else:
             taps, self.grid = taps.unsqueeze(1), (1, grid[0] * grid[1])
             self.origin = 0, 0 if self.reverse else taps.shape[2] - 1
-        self.taps = self.turn(taps)
+        self.taps = self.flip(taps)
         self.conv_bias = w.conv_bias[s]
         self.qkv, self.qkv_bias = w.qkv[s], w.qkv_bias[s]
         self.norm = w.norm_weight[s], w.norm_bias[s], w.skip[s]
@@ -225,7 +225,7 @@ class _Direction:
         bias = self.qkv_bias.to(self.dtype).flatten()
         self.gates_bias = w.gates_bias[s].to(self.dtype) + self.gates.flatten(1) @ bias
 
-    def turn(self, taps):
+    def flip(self, taps):
         return taps.flip(-2, -1) if self.reverse else taps
 
     def arrange(self, x):
@@ -255,6 +255,10 @@ class _Direction:
             self.origin,
         )
 
+    def post(self, ops, h, c, z):
+        """The gated output (B, L, E), in the order of the rows."""
+        return self.restore(ops.post(h, c, self.arrange(z), *self.norm, NORM_EPS))
+
     def pre_backward(self, ops, dc, cell_grads, x, c, dx):
         """Writes dx; returns the gradients of conv_weight to gates_bias, as in `Weights`."""
         dtaps, dconv_bias, dqkv, dqkv_bias, dgates_c, dgates_x, dgates_bias = ops.pre_backward(
@@ -276,7 +280,7 @@ class _Direction:
         dgates += torch.outer(dgates_bias, self.qkv_bias.to(self.dtype).flatten())
         dqkv = dqkv + torch.einsum('jngo,njgd->ngod', self.gates, dfolded)
         dqkv_bias = dqkv_bias + torch.einsum('j,jngo->ngo', dgates_bias, self.gates).flatten(1)
-        dconv_weight = self.turn(dtaps).reshape(self.conv_shape)
+        dconv_weight = self.flip(dtaps).reshape(self.conv_shape)
         return dconv_weight, dconv_bias, dqkv, dqkv_bias, dgates, dgates_bias
 
 
@@ -304,11 +308,11 @@ def _forward(tokens, weights, reverse, columns, keep, backend):
             z = linear(tokens, *to_z)
             kept = [x, z]
         for s in range(len(reverse)):
-            way = _Direction(w, s, grid, reverse, columns)
-            c, *inputs = way.pre(ops, way.arrange(x))
+            direction = _Direction(w, s, grid, reverse, columns)
+            c, *inputs = direction.pre(ops, direction.arrange(x))
             if s == len(reverse) - 1:
                 del x
-            h, sums = ops.cell(*inputs, way.reverse, CELL_EPS)
+            h, sums = ops.cell(*inputs, direction.reverse, CELL_EPS)
             if keep == 'all':
                 kept += [c, *inputs]
             del inputs
@@ -316,7 +320,7 @@ def _forward(tokens, weights, reverse, columns, keep, backend):
                 kept += [h, sums]
             if z is None:  # not beside what only the cell needs
                 z = linear(tokens, *to_z)
-            gated = way.restore(ops.post(h, c, way.arrange(z), *way.norm, NORM_EPS))
+            gated = direction.post(ops, h, c, z)
             del c, h
             y = gated if y is None else y.add_(gated)
         out = linear(y, w.proj_down, w.proj_down_bias)
@@ -370,25 +374,26 @@ def _backward(dout, tokens, weights, kept, reverse, columns, backend):
         dy = input_gradient(dout, w.proj_down)
         y, of_directions = None, []
         for s in range(S):
-            way = _Direction(w, s, grid, reverse, columns)
-            x_s, z_s = way.arrange(x), way.arrange(z)
+            direction = _Direction(w, s, grid, reverse, columns)
+            x_s, z_s = direction.arrange(x), direction.arrange(z)
             *of_cell, h, sums = cells[s * len(cells) // S : (s + 1) * len(cells) // S]
-            c, *of_cell = of_cell or way.pre(ops, x_s)
-            dxz_s = dxz if s == 0 and not way.columns else torch.empty_like(dxz)
+            c, *of_cell = of_cell or direction.pre(ops, x_s)
+            dxz_s = dxz if s == 0 and not direction.columns else torch.empty_like(dxz)
             dx_s, dz_s = dxz_s.chunk(2, -1)
             gated, dh, dc, *dnorm = ops.post_backward(
-                way.arrange(dy), h, c, z_s, *way.norm, NORM_EPS, dz_s
+                direction.arrange(dy), h, c, z_s, *direction.norm, NORM_EPS, dz_s
             )
-            cell_grads = ops.cell_backward(dh, *of_cell, h, sums, way.reverse, CELL_EPS)
+            cell_grads = ops.cell_backward(dh, *of_cell, h, sums, direction.reverse, CELL_EPS)
             del of_cell, dh
-            of_directions.append([*way.pre_backward(ops, dc, cell_grads, x_s, c, dx_s), *dnorm])
+            dpre = direction.pre_backward(ops, dc, cell_grads, x_s, c, dx_s)
+            of_directions.append([*dpre, *dnorm])
             del cell_grads, dc, c
-            gated = way.restore(gated)
+            gated = direction.restore(gated)
             y = gated if y is None else y.add_(gated)
             if s > 0:
-                dxz += way.restore(dxz_s)
-            elif way.columns:
-                dxz.copy_(way.restore(dxz_s))
+                dxz += direction.restore(dxz_s)
+            elif direction.columns:
+                dxz.copy_(direction.restore(dxz_s))
         grads = (
             input_gradient(dxz, w.proj_up).unflatten(1, grid),
             weight_gradient(dxz, tokens),
