@@ -1,4 +1,4 @@
-"""Vim and ViL beside DeiT with plain and with fused attention: images per second, peak memory."""
+"""Vim, ViL and SecViT beside DeiT and others: images per second, peak memory."""
 
 import math
 import sys
@@ -7,14 +7,18 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import common, memory
-from benchmarks.models import OURS, PRECISIONS, RECOMPUTE, Runner
+from benchmarks.common import Size
+from benchmarks.models import PLAIN, PRECISIONS, RECOMPUTE, Runner
 from benchmarks.timing import Deadline, Stopwatch, Timing, alternate, explain
 
 MODULE = 'benchmarks.backbones'
-MODELS = ['vim-tiny', 'vil-tiny', 'deit-tiny:sdpa', 'deit-tiny:naive']
+MODELS = ['vim-tiny', 'vil-tiny', 'deit-tiny:sdpa', 'deit-tiny:naive', 'secvit-tiny']
 DEFAULTS = {
     'cuda': dict(
-        models=[*MODELS, 'vim-small', 'vil-small', 'deit-small:sdpa', 'deit-small:naive'],
+        models=[
+            *(*MODELS, 'vim-small', 'vil-small', 'deit-small:sdpa', 'deit-small:naive'),
+            *('secvit-small', 'swin-tiny', 'vitdet-deit-small'),
+        ],
         sizes=[224, 512, 1024, 1248, 2048],
         batches=['1', 'max'],
         precision='bfloat16',
@@ -32,7 +36,7 @@ DEFAULTS = {
 }
 
 
-def peak(runner: Runner, size: int, batch: int, kind: str, threads: int) -> float:
+def peak(runner: Runner, size: Size, batch: int, kind: str, threads: int) -> float:
     """MiB that image and pass add; on a CPU in a process of its own."""
     if runner.device.type == 'cpu':
         step = kind == 'step'
@@ -43,7 +47,7 @@ def peak(runner: Runner, size: int, batch: int, kind: str, threads: int) -> floa
 
 
 def compare(
-    runners: list[Runner], size: int, batch: int, kind: str, seconds: float, threads: int
+    runners: list[Runner], size: Size, batch: int, kind: str, seconds: float, threads: int
 ) -> list[dict]:
     """A row for each model, all on images of one size, timed in turn.
 
@@ -117,7 +121,7 @@ def largest_batch(
 
 
 def crossings(rows: list[dict], ours: str, peer: str, kind: str) -> dict[str, str]:
-    """At which image size `ours` passes `peer`, in time and in memory, at batch 1.
+    """At which size of square images `ours` passes `peer`, in time and in memory, at batch 1.
 
     Between two sizes the ratio is taken as a power of the size.
     """
@@ -127,7 +131,8 @@ def crossings(rows: list[dict], ours: str, peer: str, kind: str) -> dict[str, st
             name: {
                 r['size']: r[field]
                 for r in rows
-                if r['model'] == name and r['kind'] == kind and r['batch'] == 1 and r[field]
+                if (r['model'], r['kind'], r['batch']) == (name, kind, 1) and r[field]
+                if isinstance(r['size'], int)
             }
             for name in (ours, peer)
         }
@@ -151,8 +156,8 @@ def pairs(labels: list[str]) -> Iterator[tuple[str, str]]:
     """Each Vim and ViL with each DeiT of its size."""
     for ours in labels:
         for peer in labels:
-            family, _, arch = ours.partition(':')[0].partition('-')
-            if family in OURS and peer.startswith(f'deit-{arch}'):
+            family, _, arch = ours.partition(':')[0].rpartition('-')
+            if family in PLAIN and peer.startswith(f'deit-{arch}'):
                 yield ours, peer
 
 
@@ -163,7 +168,7 @@ def recompute_labels(label: str) -> list[str]:
 
 
 COLUMNS = {
-    'pixels': lambda row: f'{row["size"]}²',
+    'pixels': lambda row: common.size_name(row['size']),
     'batch': lambda row: str(row['batch']) + (f' ({row["limit"]})' if row['limit'] else ''),
     'pass': lambda row: row['kind'],
     'model': lambda row: row['model'],
@@ -178,7 +183,7 @@ def main() -> int:
     parser = common.parser(MODULE, __doc__, minutes=5)
     add = parser.add_argument
     add('--models', nargs='+', help='FAMILY-ARCH[:OPTION…]: vil-tiny:reference, deit-tiny:naive')
-    add('--sizes', nargs='*', type=int, help='pixels of a side, multiples of 16')
+    add('--sizes', nargs='*', type=common.parse_size, help='pixels: N or HxW, multiples of 16')
     add('--batches', nargs='+', help="numbers, or 'max': the largest power of two (GPU)")
     add('--passes', nargs='+', default=['forward', 'step'], choices=['forward', 'step'], help=' ')
     add('--precision', choices=PRECISIONS, help="'bfloat16' casts the weights, no autocast")
@@ -220,7 +225,7 @@ def main() -> int:
     for batch in args.batches:
         for size in args.sizes:
             for kind in args.passes:
-                if not begin(f'{kind} at {size} px, batch {batch}'):
+                if not begin(f'{kind} at {common.size_name(size)} px, batch {batch}'):
                     continue
                 if batch != 'max':
                     measure('backbones', list(runners.values()), size, int(batch), kind)
@@ -229,7 +234,9 @@ def main() -> int:
                     try:
                         found, limit = largest_batch(runner, size, kind, args.most, args.slowest)
                     except Exception as error:
-                        report.say(f'{runner.label} at {size} px: {explain(error)}')
+                        report.say(
+                            f'{runner.label} at {common.size_name(size)} px: {explain(error)}'
+                        )
                         continue
                     if found:
                         measure('backbones', [runner], size, found, kind, limit)

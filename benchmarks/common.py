@@ -44,6 +44,24 @@ def backend_name(name: str | None) -> str:
     return name or os.environ.get(ENV) or 'auto'
 
 
+Size = int | tuple[int, int]  # of an image: a side of a square, or height and width
+
+
+def sides(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def parse_size(text: str) -> Size:
+    found = [int(side) if side.isdigit() else 0 for side in text.split('x')]
+    if len(found) > 2 or min(found) < 1:
+        raise argparse.ArgumentTypeError(f'expected N or HxW, got {text!r}')
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def size_name(size: Size) -> str:
+    return f'{size}²' if isinstance(size, int) else '{}×{}'.format(*size)
+
+
 # ----------------------------------------------------------------------- options
 
 

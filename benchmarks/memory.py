@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.common import Size, parse_size, sides
+
 MIB = 2**20
 
 
@@ -56,7 +58,12 @@ def kept(call: Callable[[], object], weights: Iterable[Tensor]) -> float:
 
 
 def process_peak(
-    model: str, size: int, batch: int, step: bool, threads: int, precision: str
+    model: str,
+    size: Size,
+    batch: int,
+    step: bool,
+    threads: int,
+    precision: str,
 ) -> float:
     """MiB that one call of a backbone adds, at its peak, to a CPU process of its own.
 
@@ -65,8 +72,8 @@ def process_peak(
         RuntimeError: It failed otherwise.
     """
     command = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.memory', model]
-    command += ['--size', str(size), '--batch', str(batch), '--threads', str(threads)]
-    command += ['--precision', precision]
+    command += ['--size', 'x'.join(map(str, sides(size))), '--batch', str(batch)]
+    command += ['--threads', str(threads), '--precision', precision]
     # glibc returns freed tensors of a megabyte and more at once, so that the peak is theirs.
     environment = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': str(MIB), 'CUDA_VISIBLE_DEVICES': ''}
     done = subprocess.run(
@@ -104,7 +111,7 @@ def main():
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('model', help='as for benchmarks.backbones')
-    parser.add_argument('--size', type=int, required=True, help='pixels of a side')
+    parser.add_argument('--size', type=parse_size, required=True, help='pixels: N or HxW')
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--step', action='store_true', help='a training step, not a forward')
     parser.add_argument('--threads', type=int, default=2)

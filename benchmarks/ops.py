@@ -2,7 +2,9 @@
 
 An op of the table OPS is its inputs, our function, and its peers; the first contestant is ours,
 and the others are compared with it: time, memory, result and every gradient. `vil_pre` and
-`vil_post` are the parts of `vil_mixer` before and after the cell.
+`vil_post` are the parts of `vil_mixer` before and after the cell; `sec_partition` and
+`sec_attention` are those of `cluster_attention`; the depth-wise convolutions are SecViT's, of 3×3
+with a residual that of its FFN, of 5×5 that of its values.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ OURS = 'ours'
 KINDS = ('forward', 'step')
 FIRST_ONLY = 'not run: slow to compile, first shape only'
 HEADS = 4  # of an mLSTM
+HEAD_CHANNELS = 32  # of a SecViT, but two heads at least
 EXP, HBM = 'exp', 'HBM'  # exponentials, bytes of memory
 
 BLANK = dict.fromkeys(
@@ -32,7 +36,7 @@ BLANK = dict.fromkeys(
 
 @dataclass(frozen=True)
 class Shape:
-    """Batch, tokens, (inner) channels of all heads, states of a scan."""
+    """Batch, tokens, (inner) channels of all heads, states of a scan or clusters of tokens."""
 
     B: int
     L: int
@@ -62,6 +66,15 @@ VIM_SHAPES = {
 VIL_SHAPES = {
     'cuda': [Shape(8, 4096, HEADS * channels) for channels in (96, 192, 384)],
     'cpu': [Shape(1, 4096, 384)],
+}
+# Those of SecViT-T and -S.
+STAGES = [(65536, 64, 32), (16384, 128, 8), (4096, 256, 2), (1024, 512, 1)]
+SEC_SHAPES = {
+    'cuda': [Shape(8, *stage) for stage in STAGES],
+    'cpu': [Shape(1, *STAGES[0]), Shape(1, *STAGES[2])],
+}
+FFN_SHAPES = {
+    device: [Shape(s.B, s.L, 3 * s.D) for s in shapes] for device, shapes in SEC_SHAPES.items()
 }
 DTYPES = {'cuda': 'bfloat16', 'cpu': 'float32'}
 
@@ -99,14 +112,25 @@ class Op:
         activations: the inputs that are not weights.
         floor: what a forward pass cannot do without on a GPU, of a shape and the bytes of an
             element: exponentials or bytes of memory, by what they are a number of.
+        step_floor: how many times that a forward and backward pass has it, where that is known.
         shapes: to try on a kind of device.
+        compared: what of a result without gradients is compared, of it and the inputs; the op
+            then has a forward pass only.
+        slack: an error to allow in any dtype, where rounding decides more than digits.
     """
 
-    inputs: Callable[[Shape, torch.dtype], dict[str, Tensor]]
+    inputs: Callable[[Shape, torch.dtype], peers.Inputs]
     contestants: dict[str, Contestant]
     activations: tuple[str, ...]
     floor: tuple[str, Callable[[Shape, int], int]] | None = None
+    step_floor: int | None = None
     shapes: dict[str, list[Shape]] = field(default_factory=lambda: VIM_SHAPES)
+    compared: Callable[[Tensor, peers.Inputs], Tensor] | None = None
+    slack: float = 0.0
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return KINDS[:1] if self.compared else KINDS
 
 
 # ------------------------------------------------------------------------ inputs
@@ -228,6 +252,49 @@ def post_inputs(s: Shape, dtype: torch.dtype):
     )
 
 
+def heads_of(channels: int) -> int:
+    return max(2, channels // HEAD_CHANNELS)
+
+
+def partition_inputs(s: Shape, dtype: torch.dtype):
+    H = heads_of(s.D)
+    return dict(k=torch.randn(s.B, s.L, H, s.D // H).to(dtype), num_clusters=s.N)
+
+
+def attention_inputs(s: Shape, dtype: torch.dtype, ordered: bool = False):
+    from visionseq_mm.ops import sec_partition
+
+    H = heads_of(s.D)
+    draws = {name: torch.randn(s.B, s.L, H, s.D // H).to(dtype) for name in ('q', 'k', 'v')}
+    order = dict(idx=sec_partition(draws['k'], s.N, backend='reference')) if ordered else {}
+    lepe = torch.randn_like(draws['v'])
+    return dict(**draws, lepe=lepe, **order, num_clusters=s.N)
+
+
+def rotary_inputs(s: Shape, dtype: torch.dtype):
+    H = heads_of(s.D)
+    shape = s.B, *peers.grid(s.L), H, s.D // H
+    return {name: torch.randn(shape).to(dtype) for name in ('q', 'k')}
+
+
+def depthwise_inputs(s: Shape, dtype: torch.dtype, side: int, residual: bool):
+    return dict(
+        x=torch.randn(s.B, *peers.grid(s.L), s.D).to(dtype),
+        weight=(torch.randn(s.D, 1, side, side) / side).to(dtype),
+        bias=torch.randn(s.D).to(dtype),
+        residual=residual,
+    )
+
+
+def cluster_of(idx: Tensor, p: peers.Inputs) -> Tensor:
+    """The cluster of each token, (B, H, L), for an order of the tokens."""
+    L, K = idx.shape[2], p['num_clusters']
+    borders = torch.arange(1, K, device=idx.device) * L // K
+    place = torch.arange(L, device=idx.device)
+    labels = torch.searchsorted(borders, place, right=True)
+    return torch.empty_like(idx, dtype=torch.int64).scatter_(2, idx.long(), labels.expand_as(idx))
+
+
 # -------------------------------------------------------------------------- ours
 
 
@@ -258,7 +325,7 @@ def our_mixer(p: peers.Inputs, recompute: bool = True) -> peers.Call:
 
 def our_layer(p: peers.Inputs, recompute: bool = True) -> peers.Call:
     layer = _with_parameters(_layer(p['tokens'].shape[-1], recompute), p)
-    grid = peers.vil_grid(p['tokens'].shape[1])
+    grid = peers.grid(p['tokens'].shape[1])
     return lambda: layer(p['tokens'], grid)
 
 
@@ -274,7 +341,7 @@ class Pre(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, taps, conv_bias, qkv, qkv_bias, gates_c, gates_x, gates_bias):
-        ctx.place = peers.vil_grid(x.shape[1]), (1, 1)
+        ctx.place = peers.grid(x.shape[1]), (1, 1)
         weights = taps, conv_bias, qkv, qkv_bias, gates_c, gates_x, gates_bias
         c, *inputs = _parts(x).pre(x, *weights, *ctx.place)
         ctx.save_for_backward(x, c, taps, conv_bias, qkv, gates_c, gates_x)
@@ -345,6 +412,35 @@ def mlstm_bytes(s: Shape, size: int) -> int:
 def pre_bytes(s: Shape, size: int) -> int:
     """x read, c, q, k, v and the gates written."""
     return s.B * s.L * (5 * s.D * size + 4 * 2 * HEADS)
+
+
+def attention_exps(s: Shape, size: int) -> int:
+    """One for each pair of tokens of a cluster, in each head."""
+    borders = [c * s.L // s.N for c in range(s.N + 1)]
+    return s.B * heads_of(s.D) * sum((b - a) ** 2 for a, b in pairwise(borders))
+
+
+def partition_bytes(s: Shape, size: int) -> int:
+    """Keys read for their mean and again for the cosines, the order written."""
+    return s.B * s.L * (2 * s.D * size + 4 * heads_of(s.D))
+
+
+def depthwise(side: int, residual: bool, shapes: dict[str, list[Shape]]) -> Op:
+    return Op(
+        inputs=partial(depthwise_inputs, side=side, residual=residual),
+        contestants={
+            **with_reference(ours('depthwise_conv2d')),
+            'torch, channels last': Contestant(peers.by_name(peers.depthwise_of_tokens)),
+            'torch, channels first': Contestant(
+                peers.by_name(peers.plain_depthwise),
+                peers.channels_first_map,
+                peers.channels_last_map,
+            ),
+        },
+        activations=('x',),
+        floor=(HBM, lambda s, size: 2 * s.B * s.L * s.D * size),
+        shapes=shapes,
+    )
 
 
 def around_cell(
@@ -454,6 +550,67 @@ OPS = {
         floor=(HBM, lambda s, size: 4 * s.B * s.L * s.D * size),
         shapes=VIL_SHAPES,
     ),
+    'sec_partition': Op(
+        inputs=partition_inputs,
+        contestants={
+            **with_reference(ours('sec_partition')),
+            'two argsorts': Contestant(  # alone, of cosines that it is given
+                peers.by_name(peers.two_argsorts), peers.only_cosines, peers.only_order
+            ),
+            'official': Contestant(
+                peers.by_name(peers.official_partition), peers.heads_first, peers.only_order
+            ),
+        },
+        activations=('k',),
+        floor=(HBM, partition_bytes),
+        shapes=SEC_SHAPES,
+        compared=cluster_of,
+    ),
+    'sec_attention': Op(
+        inputs=partial(attention_inputs, ordered=True),
+        contestants={
+            **with_reference(ours('sec_attention')),
+            'gather+SDPA': Contestant(
+                peers.by_name(peers.gathered_attention), peers.sortable, peers.tokens_first
+            ),
+            'official': Contestant(
+                peers.by_name(peers.official_attention), peers.sortable, peers.tokens_first
+            ),
+        },
+        activations=('q', 'k', 'v', 'lepe'),
+        floor=(EXP, attention_exps),
+        step_floor=3,  # two kernels of the backward pass have the softmax again
+        shapes=SEC_SHAPES,
+    ),
+    'cluster_attention': Op(
+        inputs=attention_inputs,
+        contestants={
+            **with_reference(ours('cluster_attention')),
+            'sort+gather+SDPA': Contestant(
+                peers.by_name(peers.gathered_attention), peers.sortable, peers.tokens_first
+            ),
+            'official': Contestant(
+                peers.by_name(peers.official_attention), peers.sortable, peers.tokens_first
+            ),
+        },
+        activations=('q', 'k', 'v', 'lepe'),
+        floor=(EXP, attention_exps),
+        step_floor=3,
+        shapes=SEC_SHAPES,
+        slack=2e-2,  # a few tokens at borders are in other clusters
+    ),
+    'rotary_2d': Op(
+        inputs=rotary_inputs,
+        contestants={
+            **with_reference(ours('rotary_2d'), restore=lambda q, k: torch.stack([q, k])),
+            'eager': Contestant(peers.rotary, peers.grid_of_heads, peers.stack_grids),
+        },
+        activations=('q', 'k'),
+        floor=(HBM, lambda s, size: 4 * s.B * s.L * s.D * size),
+        shapes=SEC_SHAPES,
+    ),
+    'depthwise_3x3': depthwise(3, True, FFN_SHAPES),
+    'depthwise_5x5': depthwise(5, False, SEC_SHAPES),
 }
 
 
@@ -463,17 +620,20 @@ OPS = {
 class Entry:
     """A contestant with inputs of its own; its results in the op's layout."""
 
-    def __init__(self, contestant: Contestant, inputs: dict[str, Tensor], backend: str | None):
+    def __init__(self, contestant: Contestant, inputs: peers.Inputs, backend: str | None):
         self.restore = contestant.restore
         self.backend = contestant.backend or backend
-        self.inputs = inputs
-        self.prepared = contestant.prepare(inputs)
+        prepared = contestant.prepare(inputs)
+        self.inputs, self.prepared = (
+            {name: x for name, x in p.items() if peers.differentiable(x)}
+            for p in (inputs, prepared)
+        )
         # Parameters, so that a module can own them.
         self.leaves = {
             name: nn.Parameter(x.detach().clone(memory_format=torch.contiguous_format))
             for name, x in self.prepared.items()
         }
-        self.call = contestant.build(self.leaves)
+        self.call = contestant.build(prepared | self.leaves)
 
     def run(self) -> tuple[Tensor, ...]:
         with common.use_backend(self.backend):
@@ -490,9 +650,12 @@ class Entry:
         with common.use_backend(self.backend):
             return torch.autograd.grad(out, list(self.leaves.values()), self.own_dout)
 
-    def agree(self, dout: Tensor | None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def agree(self, dout: Tensor | None) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Result and gradients of the op's inputs; `dout` is drawn at random if None."""
-        probes = [x.requires_grad_() for x in self.forward()]
+        results = self.forward()
+        if not peers.differentiable(results[0]):
+            return self.restore(*results), {}, None
+        probes = [x.requires_grad_() for x in results]
         out = self.restore(*probes)
         if dout is None:
             dout = torch.randn_like(out)
@@ -531,10 +694,13 @@ def byte_rate(device: torch.device) -> float | None:
 RATES = {EXP: exp_rate, HBM: byte_rate}
 
 
-def floor_ms(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device) -> float | None:
-    """Milliseconds of a forward pass that did only what it cannot do without."""
+def floor_ms(
+    op: Op, shape: Shape, dtype: torch.dtype, device: torch.device, kind: str = 'forward'
+) -> float | None:
+    """Milliseconds of a pass that did only what it cannot do without."""
     rate = op.floor and RATES[op.floor[0]](device)
-    return op.floor[1](shape, dtype.itemsize) / rate * 1e3 if rate else None
+    times = 1 if kind == 'forward' else op.step_floor
+    return times * op.floor[1](shape, dtype.itemsize) / rate * 1e3 if rate and times else None
 
 
 def compare(
@@ -555,7 +721,10 @@ def compare(
         slow: run those that compile for long too.
     """
     op = OPS[name]
-    inputs = {k: x.to(device).requires_grad_() for k, x in op.inputs(shape, dtype).items()}
+    inputs = op.inputs(shape, dtype)
+    for key, x in inputs.items():
+        if isinstance(x, Tensor):
+            inputs[key] = x.to(device).requires_grad_(peers.differentiable(x))
     entries, reasons, extras = {}, {}, {}
     result = grads = dout = None
     for label, contestant in op.contestants.items():
@@ -567,6 +736,8 @@ def compare(
         try:
             entry = Entry(contestant, inputs, backend)
             own_result, own_grads, dout = entry.agree(dout)
+            if op.compared:
+                own_result = op.compared(own_result, inputs)
             extras[label] = _memory(op, contestant, entry, device)
         except Exception as error:
             if label == OURS:
@@ -578,12 +749,13 @@ def compare(
         elif not contestant.differs:
             if contestant.other_gradients:
                 own_grads = {}
-            extras[label].update(agreement(own_result, result, own_grads, grads, dtype))
+            found = agreement(own_result, result, own_grads, grads, dtype, op.slack)
+            extras[label].update(found)
         del own_result, own_grads
         entries[label] = entry
     rows = []
-    for kind in KINDS:
-        floor = floor_ms(op, shape, dtype, device) if kind == 'forward' else None
+    for kind in op.kinds:
+        floor = floor_ms(op, shape, dtype, device, kind)
         calls = {label: getattr(entry, kind) for label, entry in entries.items()}
         outcomes = {**alternate(calls, device, seconds), **reasons}
         if isinstance(outcomes[OURS], str):
@@ -611,7 +783,9 @@ def compare(
 
 
 def rms_error(x: Tensor, y: Tensor) -> float:
-    """Root mean square of the difference over that of `y`."""
+    """Root mean square of the difference over that of `y`; of integers, how many differ of one."""
+    if not y.is_floating_point():
+        return (x != y).double().mean().item()
     x, y = x.double(), y.double()
     return ((x - y).norm() / y.norm()).item()
 
@@ -622,6 +796,7 @@ def agreement(
     grads: dict[str, Tensor],
     expected_grads: dict[str, Tensor],
     dtype: torch.dtype,
+    slack: float = 0.0,
 ) -> dict:
     """Errors of the result and of the worst gradient, and whether rounding explains both.
 
@@ -631,7 +806,8 @@ def agreement(
     worst = max(
         errors, key=lambda name: (errors[name] != errors[name], errors[name]), default=None
     )
-    out, limit = rms_error(result, expected), 5e-2 if dtype.itemsize == 2 else 1e-3
+    out = rms_error(result, expected)
+    limit = max(slack, 5e-2 if dtype.itemsize == 2 else 1e-3)
     return dict(
         error_out=out,
         error_grad=errors.get(worst),
@@ -649,7 +825,7 @@ def _memory(op, contestant, entry, device):
         result['kept_mib'] = memory.kept(entry.run, weights)
     if device.type == 'cuda':
         result['peak_mib'] = {
-            kind: memory.cuda_peak(getattr(entry, kind), device) for kind in KINDS
+            kind: memory.cuda_peak(getattr(entry, kind), device) for kind in op.kinds
         }
     return result
 
@@ -668,11 +844,11 @@ def error_cell(row):
         return ''
     if row['error_out'] is None:
         return f'not compared: {row["differs"]}' if row['differs'] else ''
-    text = f'{row["error_out"]:.0e}, '
+    text = f'{row["error_out"]:.0e}'
     if row['differs']:
-        text += f'not compared: {row["differs"]}'
-    else:
-        text += f'{row["error_grad"]:.0e} ({row["error_grad_of"]})'
+        text += f', not compared: {row["differs"]}'
+    elif row['error_grad_of']:
+        text += f', {row["error_grad"]:.0e} ({row["error_grad_of"]})'
     return text if row['agrees'] else f'**{text}**'
 
 

@@ -1,4 +1,5 @@
-"""Other implementations of our ops: GPU packages where they are installed, and torch.compile.
+"""Other implementations of our ops: GPU packages where they are installed, the official models'
+operations, and torch.compile.
 
 A peer takes its inputs in the layout that it is made for, `prepare`d outside the measured time,
 and its result is `restore`d outside it too. Inputs of one direction of a scan or convolution are
@@ -11,8 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Inputs = dict[object, Tensor]
+Inputs = dict[object, Tensor | int]  # integers, too, as tensors
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
+
+
+def differentiable(x: Tensor | int) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def grid(length: int) -> tuple[int, int]:
+    """Rows and columns of so many tokens, as near to a square as they go."""
+    rows = next(n for n in range(int(length**0.5), 0, -1) if length % n == 0)
+    return rows, length // rows
 
 
 def one_direction(p: Inputs, direction: int) -> dict[str, Tensor]:
@@ -180,7 +191,7 @@ def vim_mixer(p: Inputs) -> Call:
 
 def heads_first(p: Inputs) -> Inputs:
     """(B, S, H, ·) as (B, H, S, ·), and the gates alike."""
-    return {name: x.transpose(1, 2) for name, x in p.items()}
+    return {name: x.transpose(1, 2) if differentiable(x) else x for name, x in p.items()}
 
 
 def tokens_first(h: Tensor) -> Tensor:
@@ -237,15 +248,9 @@ def same_dtype(p: Inputs) -> Inputs:
     return {name: x.to(dtype) for name, x in p.items()}
 
 
-def vil_grid(length: int) -> tuple[int, int]:
-    """Rows and columns of so many tokens, as near to a square as they go."""
-    rows = next(n for n in range(int(length**0.5), 0, -1) if length % n == 0)
-    return rows, length // rows
-
-
 def vil_pre(x, conv_weight, conv_bias, qkv, qkv_bias, gates, gates_bias) -> tuple[Tensor, ...]:
     """By the official operations, channels first for the convolution only; (B, L, ·) each."""
-    image = x.transpose(1, 2).unflatten(2, vil_grid(x.shape[1]))
+    image = x.transpose(1, 2).unflatten(2, grid(x.shape[1]))
     c = F.conv2d(image, conv_weight.unsqueeze(1), conv_bias, padding=1, groups=x.shape[2])
     c = F.silu(c.flatten(2).transpose(1, 2))
     q, k, v = (
@@ -296,6 +301,132 @@ def vil_mixer(p: Inputs) -> Call:
         return F.linear(y, p['proj_down.weight'], p['proj_down.bias'])
 
     return call
+
+
+# ------------------------------- SecViT: tokens sorted and gathered, heads first, (B, H, L, ·)
+
+
+def cosines(k: Tensor) -> Tensor:
+    """Of each key with the mean key, (B, H, L); in float32, as ours, for the same clusters."""
+    k = k.detach().float()
+    return F.cosine_similarity(k, k.mean(2, keepdim=True), dim=-1)
+
+
+def only_cosines(p: Inputs) -> Inputs:
+    return dict(cosines=cosines(p['k'].transpose(1, 2)))
+
+
+def two_argsorts(cosines: Tensor) -> tuple[Tensor, Tensor]:
+    order = cosines.argsort(-1)
+    return order, order.argsort(-1)
+
+
+def official_partition(k: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    return two_argsorts(cosines(k))
+
+
+def only_order(order: Tensor, inverse: Tensor) -> Tensor:
+    return order
+
+
+def sortable(p: Inputs) -> Inputs:
+    """Heads first, and an order as torch indexes."""
+    p = heads_first(p)
+    return p | dict(idx=p['idx'].long()) if 'idx' in p else p
+
+
+def official_attention(q, k, v, num_clusters: int, lepe=0, idx=None) -> Tensor:
+    """As published: q, k and v gathered by an index that is expanded to all channels, matrices of
+    tokens by tokens, and back by the argsort of the order. One cluster has no order.
+
+    Sorts the tokens by their `cosines` where it is not given an order.
+    """
+    if idx is None and num_clusters > 1:
+        idx = cosines(k).argsort(-1)  # before k is rounded once more
+    k = k * q.shape[-1] ** -0.5
+    if num_clusters == 1:
+        return (q @ k.mT).softmax(-1) @ v + lepe
+    q, k, v = (_take(x, idx).unflatten(2, (num_clusters, -1)) for x in (q, k, v))
+    out = (q @ k.mT).softmax(-1) @ v
+    return _take(out.flatten(2, 3), idx.argsort(-1)) + lepe
+
+
+def _take(x, order):
+    return x.gather(2, order.unsqueeze(-1).expand_as(x))
+
+
+class Permute(torch.autograd.Function):
+    """Rows of x in an order, or back in their places; its gradient is the other one."""
+
+    @staticmethod
+    def forward(ctx, x, order, back):
+        ctx.save_for_backward(order)
+        ctx.back = back
+        return torch.empty_like(x).index_copy_(0, order, x) if back else x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return Permute.apply(dout.contiguous(), *ctx.saved_tensors, not ctx.back), None, None
+
+
+def gathered_attention(q, k, v, num_clusters: int, lepe=0, idx=None) -> Tensor:
+    """The quick way in plain PyTorch: whole rows gathered, fused attention of all clusters, and
+    rows put back where they were. One cluster takes neither.
+    """
+    B, H, L, Dh = q.shape
+    if num_clusters == 1:
+        return F.scaled_dot_product_attention(q, k, v) + lepe
+    if idx is None:
+        idx = cosines(k).sort(dim=-1, stable=True).indices
+    rows = (idx.flatten(0, 1) + L * torch.arange(B * H, device=q.device)[:, None]).flatten()
+    clusters = B * H, num_clusters, -1, Dh
+    gathered = (Permute.apply(x.reshape(-1, Dh), rows, False).view(clusters) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*gathered).reshape(-1, Dh)
+    return Permute.apply(out, rows, True).view(B, H, L, Dh) + lepe
+
+
+def grid_of_heads(p: Inputs) -> Inputs:
+    """(B, h, w, H, Dh) as (B, H, h, w, Dh)."""
+    return {name: x.movedim(3, 1) for name, x in p.items()}
+
+
+def stack_grids(q: Tensor, k: Tensor) -> Tensor:
+    return torch.stack([q, k]).movedim(2, 4)
+
+
+def rotary(p: Inputs) -> Call:
+    """By the official operations; sines and cosines are made once for a stage."""
+    *_, h, w, Dh = p['q'].shape
+    theta = (10000 ** -torch.linspace(0, 1, Dh // 4)).repeat_interleave(2)
+    rows, columns = (torch.arange(n)[:, None] * theta for n in (h, w))
+    angles = torch.cat([rows[:, None].expand(h, w, -1), columns.expand(h, w, -1)], -1)
+    sin, cos = angles.sin().to(p['q']), angles.cos().to(p['q'])
+
+    def turn(x):
+        other = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        return x * cos + other * sin
+
+    return lambda: (turn(p['q']), turn(p['k']))
+
+
+def channels_first_map(p: Inputs) -> Inputs:
+    """(B, h, w, C) as a contiguous (B, C, h, w)."""
+    return p | dict(x=p['x'].permute(0, 3, 1, 2))
+
+
+def channels_last_map(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def plain_depthwise(x, weight, bias, residual=False) -> Tensor:
+    """torch's, of (B, C, h, w) in any order in memory."""
+    out = F.conv2d(x, weight, bias, padding=weight.shape[2] // 2, groups=len(weight))
+    return out + x if residual else out
+
+
+def depthwise_of_tokens(x, weight, bias, residual=False) -> Tensor:
+    """torch's, of (B, h, w, C) as a map that is channels-last in memory."""
+    return plain_depthwise(x.permute(0, 3, 1, 2), weight, bias, residual).permute(0, 2, 3, 1)
 
 
 # ----------------------------------------------------------------- torch.compile

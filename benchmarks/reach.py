@@ -13,6 +13,8 @@ from benchmarks.timing import Deadline, explain
 MODULE = 'benchmarks.reach'
 NAIVE, SDPA = 'deit-tiny:naive', 'deit-tiny:sdpa'
 QUADRATIC = 'quadratic-tiny'
+OFFICIAL_SEC = 'official-attention-tiny'
+SWIN, VITDET = 'swin-tiny', 'vitdet-deit-small'
 FLOOR = 'floor'
 
 
@@ -69,15 +71,19 @@ class OpRow:
         return rows + floors
 
 
+def named(model: str, batch: int, size: common.Size) -> str:
+    return '{}, {}×3×{}×{}'.format(model, batch, *common.sides(size))
+
+
 @dataclass(frozen=True)
 class BackboneRow:
-    size: int
+    size: common.Size
     batch: int
     targets: tuple[Target, ...]
     ours: str = 'vim-tiny'
 
     def __str__(self):
-        return f'{self.ours}, {self.batch}×3×{self.size}×{self.size}'
+        return named(self.ours, self.batch, self.size)
 
     def measure(self, device, args) -> list[dict]:
         peers = [target.peer for target in self.targets if target.peer]
@@ -97,22 +103,30 @@ class BackboneRow:
 class GrowthRow:
     """Peak memory of a training step beside that for images of a quarter of the area."""
 
-    size: int
+    size: common.Size
     most: float
     ours: str
     batch: int = 1
 
     def __str__(self):
-        return f'{self.ours}, {self.batch}×3×{self.size}×{self.size}'
+        return named(self.ours, self.batch, self.size)
+
+    @property
+    def smaller(self) -> common.Size:
+        """Half of each side, rounded up."""
+        if isinstance(self.size, int):
+            return -(-self.size // 2)
+        return tuple(-(-side // 2) for side in self.size)
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        return (Target(f'at {self.size // 2}²', 'step', 'peak memory', most=self.most),)
+        peer = f'at {common.size_name(self.smaller)}'
+        return (Target(peer, 'step', 'peak memory', most=self.most),)
 
     def measure(self, device, args) -> list[dict]:
         runner = Runner(self.ours, device, args.precision)
         rows = []
-        for label, size in ((ops.OURS, self.size), (self.targets[0].peer, self.size // 2)):
+        for label, size in ((ops.OURS, self.size), (self.targets[0].peer, self.smaller)):
             peak = backbones.peak(runner, size, self.batch, 'step', args.threads)
             rows.append(dict(label=label, kind='step', size=size, status='ok', peak_mib=peak))
         return rows
@@ -129,6 +143,26 @@ def scan_targets(forward: float, step: float) -> tuple[Target, ...]:
 def around_cell(op: str, least: float) -> list[OpRow]:
     targets = Target('eager', 'forward', least=least), Target(FLOOR, 'forward', goal=1.4)
     return [OpRow(op, shape, targets) for shape in ops.VIL_SHAPES['cuda']]
+
+
+def cluster_attention_rows() -> Iterator[OpRow]:
+    """Of each stage: the whole beside all that others do, and attention in an order given."""
+    beside = 'sort+gather+SDPA'
+    for shape in ops.SEC_SHAPES['cuda']:
+        whole = (
+            Target(beside, 'forward', least=1.5),
+            Target(beside, 'step', least=1.3),
+            Target('official', 'forward', least=8.0),
+            Target('official', 'step', least=8.0),
+        )
+        yield OpRow('cluster_attention', shape, whole)
+        attention = (
+            Target('gather+SDPA', 'forward'),
+            Target('gather+SDPA', 'step'),
+            Target(FLOOR, 'forward', goal=1.35),
+            Target(FLOOR, 'step'),
+        )
+        yield OpRow('sec_attention', shape, attention)
 
 
 #: 2.8 times faster and 86.8 % less memory are the Vim paper's, on an A100; that ViL is up to 1.69
@@ -163,6 +197,31 @@ ROWS = {
         ),
         *around_cell('vil_pre', 4.0),
         *around_cell('vil_post', 3.0),
+        OpRow(
+            'sec_partition',
+            ops.SEC_SHAPES['cuda'][0],
+            (
+                Target('two argsorts', 'forward', least=5.0),
+                Target('official', 'forward'),
+                Target(FLOOR, 'forward', goal=1.86),  # 60 µs
+            ),
+        ),
+        *cluster_attention_rows(),
+        BackboneRow(
+            1024,
+            8,
+            (
+                Target(VITDET, 'forward', goal=1.0),
+                Target(VITDET, 'forward', 'peak memory'),
+                Target(VITDET, 'step'),
+                Target(VITDET, 'step', 'peak memory'),
+                Target(SWIN, 'forward'),
+                Target(SWIN, 'forward', 'peak memory'),
+                Target(SWIN, 'step'),
+                Target(SWIN, 'step', 'peak memory'),
+            ),
+            'secvit-small',
+        ),
         BackboneRow(
             1248,
             8,
@@ -223,6 +282,16 @@ ROWS = {
             'vil-tiny',
         ),
         GrowthRow(2048, 4.4, 'vil-tiny'),
+        BackboneRow(
+            1024,
+            1,
+            (
+                Target(OFFICIAL_SEC, 'forward', least=2.5, goal=3.0),
+                Target(OFFICIAL_SEC, 'forward', 'peak memory', least=4.0),
+            ),
+            'secvit-tiny',
+        ),
+        GrowthRow((800, 1333), 4.4, 'secvit-tiny'),
     ],
 }
 FIELDS = {'time': 'median_ms', 'peak memory': 'peak_mib', 'kept memory': 'kept_mib'}

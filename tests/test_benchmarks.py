@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_ops_agree_with_every_peer(tmp_path, benchmarks):
     from benchmarks import ops
 
     printed, data = run(
-        *('ops', tmp_path, '--shape', '2x21x16x4'),
+        *('ops', tmp_path, '--shape', '2x20x16x4'),
         PYTHONPATH=str(STAND_INS),
         TORCH_COMPILE_DISABLE='1',
     )
@@ -74,12 +75,14 @@ def test_ops_agree_with_every_peer(tmp_path, benchmarks):
     assert [(row['op'], row['kind'], row['contestant']) for row in rows] == [
         (name, kind, contestant)
         for name, op in ops.OPS.items()
-        for kind in ('forward', 'step')
+        for kind in (['forward'] if name == 'sec_partition' else ['forward', 'step'])
         for contestant in op.contestants
     ]
     for row in rows:
         assert 0 < row['low_ms'] <= row['median_ms'] <= row['high_ms'] and row['runs'] >= 3
-        assert row['kept_mib'] or 'compile' in row['contestant']
+        keeps = 'compile' not in row['contestant']
+        keeps = keeps and row['op'] not in ('sec_partition', 'rotary_2d')
+        assert row['kept_mib'] or not keeps
         assert f'| {row["contestant"]} |' in printed
         if row['contestant'] == 'ours':
             assert row['ratio'] == 1 and row['agrees'] is None
@@ -89,8 +92,70 @@ def test_ops_agree_with_every_peer(tmp_path, benchmarks):
         elif row['contestant'] == 'mlstm-kernels':
             assert row['agrees'] and row['error_out'] < 1e-5 and row['error_grad'] is None
             assert f', not compared: {row["differs"]} |' in printed
+        elif row['op'] == 'sec_partition':
+            assert row['agrees'] and row['error_out'] == 0 and row['error_grad'] is None
         else:
             assert row['agrees'] and max(row['error_out'], row['error_grad']) < 1e-5
+
+
+def test_partitions_are_compared_by_cluster(benchmarks, monkeypatch):
+    """The order inside a cluster does not matter, and a few tokens at a border do not either."""
+    from functools import partial
+
+    from benchmarks import ops, peers
+
+    right = ops.OPS['sec_partition']
+    shape, K = ops.Shape(2, 1000, 16, 4), 4
+
+    def other_order(p, way):
+        idx = peers.by_name(peers.official_partition)(p)()[0].unflatten(2, (K, -1))
+        return lambda: way(idx)
+
+    ways = dict(
+        turned=lambda idx: idx.flip(3).flatten(2),  # inside each cluster
+        reversed=lambda idx: idx.flatten(2).flip(2),
+        shifted=lambda idx: idx.flatten(2).roll(1, 2),  # each cluster has one token of the next
+        border=lambda idx: idx.index_put(
+            (torch.tensor(0), torch.tensor(0), torch.tensor([0, 1]), torch.tensor([249, 0])),
+            idx[0, 0, [1, 0], [0, 249]],
+        ).flatten(2),
+    )
+    contestants = {
+        name: ops.Contestant(partial(other_order, way=way), peers.heads_first)
+        for name, way in ways.items()
+    }
+    contestants = dict(ours=right.contestants['ours'], **contestants)
+    table = {'op': replace(right, contestants=contestants)}
+    monkeypatch.setattr(ops, 'OPS', table)
+    cpu = torch.device('cpu')
+    rows = ops.compare('op', shape, torch.float32, cpu, 0.001, 'reference')
+    found = {row['contestant']: (row['agrees'], row['error_out']) for row in rows}
+    assert {row['kind'] for row in rows} == {'forward'} and len(rows) == 5
+    assert found['turned'] == (True, 0)
+    assert found['border'] == (True, 2 / 4000)
+    assert found['shifted'] == (False, 4 * 4 / 4000) and not found['reversed'][0]
+
+
+@pytest.mark.parametrize('K', [1, 4])
+def test_attention_peers_against_one_cluster_at_a_time(benchmarks, K):
+    """In float64, whole and with an order that is given."""
+    from benchmarks import peers
+    from visionseq_mm.ops import cluster_attention, sec_partition
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 40, 3, 8, dtype=torch.float64) for _ in 'qkvl']
+    q, k, v, lepe = (x.requires_grad_() for x in inputs)
+    idx = sec_partition(k, K, backend='reference').long()
+    expected = cluster_attention(q, k, v, K, backend='reference', lepe=lepe)
+    dout = torch.randn_like(expected)
+    expected = [expected, *torch.autograd.grad(expected, inputs, dout)]
+    for peer in (peers.official_attention, peers.gathered_attention):
+        for order in (None, idx):
+            out = peer(*(x.transpose(1, 2) for x in (q, k, v)), K, lepe.transpose(1, 2), order)
+            out = out.transpose(1, 2)
+            found = [out, *torch.autograd.grad(out, inputs, dout)]
+            for x, y in zip(found, expected, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
 
 
 def test_what_is_not_installed_is_said(benchmarks, monkeypatch):
@@ -202,6 +267,17 @@ def test_floors(benchmarks, monkeypatch):
     assert floors('vil_pre', *shapes) == pytest.approx([29, 59, 117], rel=0.03)
     assert floors('vil_post', *shapes) == pytest.approx([23, 47, 94], rel=0.03)
     assert floors('bidirectional_scan', ops.Shape(8, 4096, 384)) == pytest.approx([96], rel=0.01)
+    stages = ops.SEC_SHAPES['cuda']
+    of_exps = [us * 1.9 / 1.98 for us in (535, 268, 134, 33)]  # derived for a clock of 1.9 GHz
+    for name in ('sec_attention', 'cluster_attention'):
+        assert floors(name, *stages) == pytest.approx(of_exps, rel=0.02)
+    step = ops.floor_ms(ops.OPS['sec_attention'], stages[0], torch.bfloat16, cuda, 'step')
+    assert 1e3 * step == pytest.approx(3 * of_exps[0], rel=0.02)
+    assert floors('sec_partition', *stages[:1]) == pytest.approx([32], rel=0.02)
+    assert floors('rotary_2d', *stages[:1]) == pytest.approx([63], rel=0.02)
+    assert floors('depthwise_5x5', *stages[:1]) == pytest.approx([31], rel=0.02)
+    assert floors('depthwise_3x3', *ops.FFN_SHAPES['cuda'][:1]) == pytest.approx([94], rel=0.02)
+    assert ops.floor_ms(ops.OPS['mlstm'], shapes[0], torch.bfloat16, cuda, 'step') is None
     assert ops.floor_ms(ops.OPS['vil_mixer'], shapes[0], torch.bfloat16, cuda) is None
     assert ops.floor_ms(ops.OPS['mlstm'], shapes[0], torch.float32, torch.device('cpu')) is None
     row = dict(median_ms=3.0, floor_ms=2.0, floor_of='HBM')
@@ -237,6 +313,90 @@ def test_labels(benchmarks):
         Runner('vil-tiny:sdpa', cpu, 'float32')
     with pytest.raises(ValueError, match='takes no options'):
         Runner('quadratic-tiny:cpu', cpu, 'float32')
+    with pytest.raises(ValueError, match='swin_tiny_patch4_window7_224 takes one of'):
+        Runner('swin-tiny:cpu', cpu, 'float32')
+    runner = Runner('secvit-tiny:kernel', cpu, 'float32')
+    assert runner.ours and runner.model.recompute and len(runner.model.out_indices) == 4
+    runner = Runner('secvit-tiny:with_cp', cpu, 'float32')
+    assert runner.model.with_cp and not runner.model.recompute
+
+
+@pytest.mark.parametrize(
+    'label, channels',
+    [
+        ('secvit-tiny', [64, 128, 256, 512]),
+        ('sec-swin-tiny', [96, 192, 384, 768]),
+        ('swin-tiny', [96, 192, 384, 768]),
+    ],
+)
+def test_pyramids(benchmarks, one_thread, monkeypatch, label, channels):
+    """Four maps of an image that is no square."""
+    from benchmarks.models import Runner
+
+    monkeypatch.setenv('VISIONSEQ_BACKEND', 'reference')
+    runner = Runner(label, torch.device('cpu'), 'float32')
+    with torch.no_grad():
+        maps = runner._features(runner.image((64, 96), 2))
+    last = 3 if label == 'swin-tiny' else 1
+    assert [x.shape[last] for x in maps] == channels
+    strides = [4, 8, 16, 32]
+    assert [x.numel() for x in maps] == [
+        2 * C * (64 // s) * (96 // s) for C, s in zip(channels, strides, strict=True)
+    ]
+
+
+def test_windows(benchmarks):
+    """Beside an attention of all tokens with a mask; zeros around the grid count as tokens."""
+    import timm
+    from torch import nn
+
+    from benchmarks.models import Runner, Windows
+
+    torch.manual_seed(0)
+    attention = timm.layers.Attention(8, 2, qkv_bias=True)
+    windows = Windows(attention, 3)
+    windows.grid = 5, 7
+    x = torch.randn(2, 35, 8)
+    padded = nn.functional.pad(x.view(2, 5, 7, 8), (0, 0, 0, 2, 0, 1))
+    window = torch.arange(6)[:, None] // 3 * 3 + torch.arange(9) // 3
+    same = window.flatten()[:, None] == window.flatten()
+    expected = attention(padded.flatten(1, 2), attn_mask=same).view(2, 6, 9, 8)[:, :5, :7]
+    torch.testing.assert_close(windows(x), expected.flatten(1, 2))
+
+    runner = Runner('vitdet-deit-small', torch.device('cpu'), 'float32')
+    blocks = runner.model.vit.blocks
+    everywhere = [i for i, block in enumerate(blocks) if not isinstance(block.attn, Windows)]
+    assert everywhere == [2, 5, 8, 11]
+    with torch.no_grad():
+        (tokens,) = runner._features(runner.image((48, 80), 1))
+    assert tokens.shape == (1, 15, 384) and blocks[0].attn.grid == (3, 5)
+
+
+def test_official_attention_of_all_layers(benchmarks, monkeypatch):
+    """At the four stages of a SecViT-T, as many times as there are layers."""
+    from benchmarks import models, peers
+
+    cpu, calls = torch.device('cpu'), []
+
+    def counted(q, k, v, K):
+        calls.append((*q.shape, K))
+        assert q.shape == k.shape == v.shape
+        return q * k * v
+
+    monkeypatch.setattr(peers, 'official_attention', counted)
+    runner = models.Runner('official-attention-tiny', cpu, 'float32')
+    assert runner.repeats == 1 and not runner.ours
+    for call in (runner.forward, runner.step):
+        call(runner.image((256, 192), 2))
+        stages = [(2, 3072, 32), (4, 768, 8), (8, 192, 2), (16, 48, 1)]
+        assert calls == [
+            (2, H, L, 32, K)
+            for (H, L, K), depth in zip(stages, (2, 2, 9, 2), strict=True)
+            for _ in range(depth)
+        ]
+        calls.clear()
+    assert runner.model.bytes(1024, 1, True) == 2 * 2**30
+    assert runner.obstacle(2**14, 1, 'forward').startswith('not run: attention maps of ')
 
 
 def test_quadratic_cells(benchmarks, monkeypatch):
@@ -329,6 +489,36 @@ def test_reach_judges_what_is_to_be_less(benchmarks):
     assert reach.pair_cell(found) == '5.00 MiB' and reach.target_cell(found) == 'fits'
     (found,) = reach.judge(row, [dict(ours, peak_mib=None, status='out of memory')])
     assert found['reached'] is None and found['status'] == 'out of memory'
+
+
+def test_sizes_that_are_no_squares(benchmarks, monkeypatch):
+    import argparse
+
+    from benchmarks import backbones, common, memory, models, reach
+
+    assert common.parse_size('1024') == 1024 and common.parse_size('800x1333') == (800, 1333)
+    assert common.size_name(1024) == '1024²' and common.size_name((800, 1333)) == '800×1333'
+    for text in ('800x', '8x8x8', 'x', '0', '-8', 'large'):
+        with pytest.raises(argparse.ArgumentTypeError, match='expected N or HxW'):
+            common.parse_size(text)
+
+    row = reach.GrowthRow((800, 1333), 4.4, 'secvit-tiny')
+    assert str(row) == 'secvit-tiny, 1×3×800×1333' and row.targets[0].peer == 'at 400×667'
+    assert reach.GrowthRow(2048, 4.4, 'vil-tiny').targets[0].peer == 'at 1024²'
+
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, '{"added_mib": 7.0}', '')
+
+    monkeypatch.setattr(memory.subprocess, 'run', run)
+    runner = models.Runner('secvit-tiny', torch.device('cpu'), 'float32')
+    assert runner.image((32, 64), 2).shape == (2, 3, 32, 64)
+    assert backbones.peak(runner, (800, 1333), 1, 'step', 2) == 7
+    command = ' '.join(commands[0])
+    assert 'secvit-tiny --size 800x1333 --batch 1 --threads 2' in command
+    assert command.endswith('--step')
 
 
 def test_reach_measures(benchmarks, monkeypatch):

@@ -2,8 +2,19 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from visionseq_mm.ops import conv1d_silu, mlstm, vil_mixer, vim_mixer
+from visionseq_mm.ops import (
+    cluster_attention,
+    conv1d_silu,
+    depthwise_conv2d,
+    mlstm,
+    rotary_2d,
+    sec_attention,
+    sec_partition,
+    vil_mixer,
+    vim_mixer,
+)
 from visionseq_mm.ops.vil_mixer import Weights
 from visionseq_mm.ops.vil_mixer import reference as vil_reference
 
@@ -437,6 +448,250 @@ def test_same_bits_of_cell_and_layer_twice(Dh, dtype):
             assert torch.equal(x, y)
 
 
+# Tokens, heads and clusters of SecViT-S at 1024×1024, all of 32 channels.
+STAGES = [(65536, 2, 32), (16384, 4, 8), (4096, 8, 2), (1024, 16, 1)]
+
+
+def token_inputs(L, H, Dh, dtype, device='cuda', B=2):
+    """q, k, v and what is added; v is a third of a wider tensor, as in the model."""
+    shape = B, L, H, Dh
+    q, k, lepe = normal(*[shape] * 3, dtype=dtype, device=device)
+    (wide,) = normal((B, L, 3, H, Dh), dtype=dtype, device=device)
+    return [q, k, wide[:, :, 2], lepe]
+
+
+def some_valid(L, device='cuda'):
+    """All tokens, every third, five, and none."""
+    place = torch.arange(L, device=device)
+    return torch.stack([place >= 0, place % 3 == 0, place % (L // 5) == 3, place < 0])
+
+
+def attention(backend, idx, K, valid=None):
+    return lambda q, k, v, lepe=None: sec_attention(q, k, v, idx, K, valid, backend, lepe)
+
+
+def clusters_of(idx, K, valid=None):
+    """(B, H, L): of each token, −1 without one."""
+    counts = [idx.shape[2]] * len(idx) if valid is None else valid.sum(1).tolist()
+    found = torch.full_like(idx, -1)
+    for tokens, order, n in zip(found, idx.long(), counts, strict=True):
+        for c in range(K):
+            tokens.scatter_(1, order[:, c * n // K : (c + 1) * n // K], c)
+    return found
+
+
+def check_partition(k, K, valid=None):
+    """Clusters are those of float64, but for tokens whose cosine is that of a border."""
+    idx = sec_partition(k, K, valid, 'triton')
+    assert idx.dtype == torch.int32 and idx.is_contiguous()
+    everyone = torch.arange(idx.shape[2], dtype=torch.int32, device=idx.device)
+    assert torch.equal(idx.sort(-1).values, everyone.expand_as(idx))
+    assert torch.equal(idx, sec_partition(k, K, valid, 'triton'))
+    exact = sec_partition(k.double(), K, valid, 'reference')
+    wrong = clusters_of(idx, K, valid) != clusters_of(exact, K, valid)
+    assert wrong.double().mean() < 1e-3
+    for b in range(len(k)):
+        keys = k[b].double() if valid is None else k[b].double()[valid[b]]
+        n = len(keys)
+        if not n:
+            continue
+        cosines = F.cosine_similarity(keys, keys.mean(0, keepdim=True), dim=-1).T
+        borders = cosines.sort(-1).values[:, [c * n // K for c in range(K) if c * n // K < n]]
+        tokens = everyone if valid is None else everyone[valid[b]]
+        for h, row in enumerate(wrong[b][:, tokens.long()]):
+            distance = (cosines[h, row, None] - borders[h]).abs().amin(-1)
+            assert (distance < 2e-6).all(), f'sample {b}, head {h}: {distance.max():.1e}'
+        if valid is not None:
+            assert not wrong[b][:, ~valid[b]].any()
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize(
+    'L, H, K, Dh',
+    [
+        *((*stage, 32) for stage in STAGES),
+        *((4097, 3, K, 32) for K in (2, 7, 33, 64)),
+        *((1023, 3, 5, Dh) for Dh in (4, 16, 40, 64, 128)),
+        (1, 2, 1, 16),
+        (100, 2, 64, 16),
+    ],
+)
+def test_partition(L, H, K, Dh, dtype):
+    check_partition(token_inputs(L, H, Dh, dtype)[1], K)
+    check_partition(token_inputs(L, H, Dh, dtype)[2], K)  # not contiguous
+
+
+@pytest.mark.parametrize('L, K', [(4097, 5), (1024, 64), (65536, 32)])
+@pytest.mark.parametrize('kinds', [1, 2, 7])
+@pytest.mark.parametrize('zero', [False, True])
+def test_ties_by_token_index(L, K, kinds, zero):
+    """Equal keys have equal cosines wherever they stand; those of a key of zeros are 0."""
+    (keys,) = normal((kinds, 3, 32), dtype=torch.float32)
+    if zero:
+        keys[0] = 0
+    which = torch.randint(kinds, (2, L), device='cuda', generator=torch.Generator('cuda'))
+    k = keys[which]
+    exact = sec_partition(k.double(), K, backend='reference')
+    found = sec_partition(k, K, backend='triton')
+    assert torch.equal(clusters_of(found, K), clusters_of(exact, K))
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('L, K', [(1023, 1), (1023, 7), (4097, 64)])
+def test_partition_of_valid_tokens(L, K, dtype):
+    valid = some_valid(L)
+    k = token_inputs(L, 3, 32, dtype, B=4)[1]
+    check_partition(k, K, valid)
+    spoilt = k.masked_fill(~valid[:, :, None, None], torch.nan)
+    expected, found = (sec_partition(x, K, valid, 'triton') for x in (k, spoilt))
+    assert torch.equal(clusters_of(found, K, valid), clusters_of(expected, K, valid))
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('L, H, K', STAGES)
+def test_attention_of_the_stages(L, H, K, dtype):
+    need_gigabytes(30)
+    inputs = token_inputs(L, H, 32, dtype)
+    idx = sec_partition(inputs[1], K, backend='reference')
+    both = (attention(backend, idx, K) for backend in ('triton', 'reference'))
+    compare(*both, inputs, dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize(
+    'L, K, Dh',
+    [
+        *((1023, 5, Dh) for Dh in (4, 16, 32, 40, 64, 128)),
+        *((4097, K, 32) for K in (1, 2, 7, 33, 64)),
+        (100, 64, 16),
+        (63, 1, 64),
+    ],
+)
+def test_attention_of_other_heads_and_clusters(L, K, Dh, dtype):
+    """Clusters that differ in length by one; with nothing added."""
+    inputs = token_inputs(L, 3, Dh, dtype)[:3]
+    idx = sec_partition(inputs[1], K, backend='reference')
+    both = (attention(backend, idx, K) for backend in ('triton', 'reference'))
+    compare(*both, inputs, dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('L, K', [(1023, 1), (1023, 7), (4097, 64)])
+def test_attention_of_valid_tokens(L, K, dtype):
+    """NaN elsewhere does not spread; samples with fewer tokens than clusters, and with none."""
+    valid = some_valid(L)
+    hidden = ~valid[:, :, None, None]
+    inputs = token_inputs(L, 3, 32, dtype, B=4)
+    idx = sec_partition(inputs[1], K, valid, 'reference')
+    expected = results(attention('reference', idx, K, valid), inputs, torch.float64)
+    spoilt = [x.masked_fill(hidden, torch.nan) for x in inputs]
+    actual = results(attention('triton', idx, K, valid), spoilt)
+    assert_close(actual, expected, dtype, 1)
+    for x in actual:
+        assert not x.masked_select(hidden).any()
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('K', [1, 7])
+def test_attention_of_views_equals_that_of_copies(K, dtype):
+    """All of one projection, heads in another order, and a gradient that is expanded."""
+    (wide,) = normal((2, 1023, 4, 32, 3), dtype=dtype)
+    views = [*wide.unbind(-1), wide[..., 0].flip(2)]
+    views += [wide.movedim(-1, 1)[:, 0], wide.transpose(2, 3).contiguous()[..., 1].transpose(2, 3)]
+    idx = sec_partition(views[1], K, backend='reference')
+    for q, k, v in (views[:3], views[3:], views[2:5]):
+        found = []
+        for copy in (False, True):
+            inputs = [x.contiguous() if copy else x for x in (q, k, v)]
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            out = attention('triton', idx, K)(*inputs)
+            dout = wide[0, 0, 0, 0, 0].expand_as(out)
+            dout = dout.contiguous() if copy else dout
+            found.append([out, *torch.autograd.grad(out, inputs, dout)])
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('size', [20, 100])
+def test_attention_of_large_scores(size, dtype):
+    """Beyond the range of an exponential; their rounding grows with them."""
+    q, k, v, _ = token_inputs(1023, 2, 32, dtype)
+    q, k = q * size**0.5, k * size**0.5
+    idx = sec_partition(k, 4, backend='reference')
+    both = (attention(backend, idx, 4) for backend in ('triton', 'reference'))
+    compare(*both, [q, k, v], dtype, slack=size / 10)
+
+
+def turned(backend):
+    return lambda q, k: torch.stack(rotary_2d(q, k, backend))
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize(
+    'grid, H, Dh',
+    [
+        *(((256 >> i, 256 >> i), 2 << i, 32) for i in range(4)),
+        *(((13, 67), 3, Dh) for Dh in (4, 16, 20, 40, 64, 128)),
+        ((1, 1), 1, 32),
+        ((1, 999), 5, 16),
+    ],
+)
+def test_rotary(grid, H, Dh, dtype):
+    wide = normal((2, *grid, 3, H, Dh), dtype=dtype)[0]
+    inputs = [wide[:, :, :, i] for i in (0, 1)]
+    compare(turned('triton'), turned('reference'), inputs, dtype)
+
+
+def convolved(backend, residual):
+    return lambda x, weight, bias: depthwise_conv2d(x, weight, bias, residual, backend)
+
+
+def map_inputs(grid, C, side, dtype, device='cuda', B=2):
+    shapes = (B, *grid, C), (C, 1, side, side), (C,)
+    x, weight, bias = normal(*shapes, dtype=dtype, device=device)
+    return [x, weight / side, bias]
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize(
+    'grid, C, side, residual',
+    [
+        ((256, 256), 64, 5, False),
+        ((256, 256), 64, 3, True),
+        ((256, 256), 192, 3, True),
+        ((64, 64), 256, 5, False),
+        ((64, 64), 768, 3, True),
+        ((32, 32), 512, 5, False),
+        *(((61, 67), 75, side, residual) for side in (1, 3, 5, 7) for residual in (False, True)),
+        ((1, 1), 80, 5, False),
+        ((2, 1023), 33, 3, True),
+        ((1023, 1), 64, 5, False),
+    ],
+)
+def test_depthwise(grid, C, side, residual, dtype):
+    inputs = map_inputs(grid, C, side, dtype)
+    both = (convolved(backend, residual) for backend in ('triton', 'reference'))
+    compare(*both, inputs, dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_same_bits_of_clusters_twice(dtype):
+    def clustered(q, k, v, lepe):
+        return cluster_attention(q, k, v, 32, backend='triton', lepe=lepe)
+
+    cases = [
+        (clustered, token_inputs(65536, 2, 32, dtype)),
+        (clustered, token_inputs(4097, 5, 16, dtype)),
+        (turned('triton'), normal(*[(2, 64, 63, 4, 32)] * 2, dtype=dtype)),
+        (convolved('triton', True), map_inputs((255, 256), 192, 3, dtype)),
+        (convolved('triton', False), map_inputs((255, 256), 64, 5, dtype)),
+    ]
+    for fn, inputs in cases:
+        first, second = (results(fn, inputs) for _ in range(2))
+        for x, y in zip(first, second, strict=True):
+            assert torch.equal(x, y)
+
+
 def vim_on(device):
     inputs = mixer_inputs(1023, torch.bfloat16, device)
     return lambda *xs: vim_mixer(*xs, backend='triton'), inputs
@@ -451,7 +706,34 @@ def vil_on(device):
     return layer('triton', grid, [True]), layer_inputs(grid, torch.bfloat16, device)
 
 
-STEPS = dict(vim_mixer=vim_on, mlstm=cell_on, vil_mixer=vil_on)
+def clusters_on(device):
+    inputs = token_inputs(1023, 3, 32, torch.bfloat16, device)
+    return lambda q, k, v, lepe: cluster_attention(q, k, v, 8, None, 'triton', lepe), inputs
+
+
+def masked_clusters_on(device):
+    valid = some_valid(1023, device)
+    inputs = token_inputs(1023, 3, 32, torch.bfloat16, device, B=4)
+    return lambda q, k, v, lepe: cluster_attention(q, k, v, 8, valid, 'triton', lepe), inputs
+
+
+def rotary_on(device):
+    return turned('triton'), normal(*[(2, 31, 33, 3, 32)] * 2, dtype=torch.bfloat16, device=device)
+
+
+def depthwise_on(device):
+    return convolved('triton', True), map_inputs((31, 33), 96, 3, torch.bfloat16, device)
+
+
+STEPS = dict(
+    vim_mixer=vim_on,
+    mlstm=cell_on,
+    vil_mixer=vil_on,
+    cluster_attention=clusters_on,
+    cluster_attention_of_valid_tokens=masked_clusters_on,
+    rotary_2d=rotary_on,
+    depthwise_conv2d=depthwise_on,
+)
 
 
 def step(fn, inputs):
@@ -547,4 +829,30 @@ def test_parts_of_more_elements_than_32_bits_count():
     last = [*(x[-1:].contiguous() for x in args[:3]), *args[3:]], dy[-1:].contiguous()
     whole = [x[-1:].clone() for x in after_cell(kernels, args, dy)[:5]]
     for x, y in zip(whole, after_cell(kernels, *last), strict=False):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize('name', ['cluster_attention', 'rotary_2d', 'depthwise_conv2d'])
+def test_pyramid_of_more_elements_than_32_bits_count(name):
+    need_gigabytes(110)
+    dtype = torch.bfloat16
+    if name == 'cluster_attention':
+        inputs = token_inputs(65536, 2, 32, dtype, B=520)
+
+        def fn(q, k, v, lepe):
+            return cluster_attention(q, k, v, 32, backend='triton', lepe=lepe)
+
+    elif name == 'rotary_2d':
+        inputs = normal(*[(520, 256, 256, 2, 32)] * 2, dtype=dtype)
+
+        def fn(q, k):
+            return torch.cat(rotary_2d(q, k, 'triton'), -1)
+
+    else:
+        fn, inputs = convolved('triton', True), map_inputs((1024, 1024), 768, 3, dtype, B=3)
+    assert inputs[0].numel() > 2**31
+    last = [x[-1:].contiguous() if x.shape[0] == len(inputs[0]) else x for x in inputs]
+    whole = [x[-1:].clone() for x in step(fn, inputs)]
+    maps = 2 if name == 'depthwise_conv2d' else len(whole)  # not the gradients of weights
+    for x, y in list(zip(whole, step(fn, last), strict=True))[:maps]:
         assert torch.equal(x, y)

@@ -8,7 +8,15 @@ import pytest
 
 from visionseq_mm.registry import MODELS
 
-MODELS_OF_OURS = ('Vim', 'ViL', 'SecViT', 'MultiScaleAdapter', 'LN2d')
+MODELS_OF_OURS = (
+    'Vim',
+    'ViL',
+    'SecViT',
+    'SECSwin',
+    'SECFasterViT',
+    'MultiScaleAdapter',
+    'LN2d',
+)
 
 
 def python(script, cwd):
@@ -31,13 +39,15 @@ def test_types_resolve_from(toolbox, tmp_path):
             MODELS.build(dict(type='visionseq_mm.Vim', arch=small)),
             MODELS.build(dict(type='visionseq_mm.ViL', arch=small, version=1)),
             MODELS.build(dict(type='visionseq_mm.SecViT', arch='tiny', out_indices=0)),
+            MODELS.build(dict(type='visionseq_mm.SECSwin', arch='tiny', out_indices=0)),
+            MODELS.build(dict(type='visionseq_mm.SECFasterViT', arch='tiny', out_indices=0)),
             MODELS.build(dict(type='visionseq_mm.MultiScaleAdapter', in_channels=16)),
             MODELS.build(dict(type='visionseq_mm.LN2d', num_channels=16)),
         ]
         print(json.dumps([type(m).__module__ + '.' + type(m).__name__ for m in built]))
     """
-    modules = ('backbones.vim', 'backbones.vil', 'backbones.secvit')
-    modules += ('necks.multi_scale_adapter', 'layers')
+    modules = ('backbones.vim', 'backbones.vil', 'backbones.secvit', 'backbones.sec_swin')
+    modules += ('backbones.sec_fastervit', 'necks.multi_scale_adapter', 'layers')
     expected = [f'visionseq_mm.{m}.{n}' for m, n in zip(modules, MODELS_OF_OURS, strict=True)]
     assert json.loads(python(script, tmp_path)) == expected
 

@@ -38,7 +38,12 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='visionseq_mm',
-    locations=['visionseq_mm.backbones', 'visionseq_mm.necks', 'visionseq_mm.layers'],
+    locations=[
+        'visionseq_mm.backbones',
+        'visionseq_mm.necks',
+        'visionseq_mm.layers',
+        'visionseq_mm.data_preprocessors',
+    ],
 )
 DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope='visionseq_mm', locations=['visionseq_mm.datasets']
@@ -52,3 +57,21 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     scope='visionseq_mm',
     locations=['visionseq_mm.engine'],
 )
+
+
+def register_absent(registry, name, package):
+    """Register, in place of what needs a toolbox that is not installed, a refusal to build it.
+
+    Args:
+        registry (Registry): Where.
+        name (str): Of what is absent.
+        package (str): What pip installs.
+
+    Returns:
+        Callable: Raises an ImportError that says how to install it.
+    """
+
+    def refuse(*args, **kwargs):
+        raise ImportError(f'visionseq_mm.{name} needs {package}: `pip install {package}`.')
+
+    return registry.register_module(name, module=refuse)

@@ -193,10 +193,11 @@ def test_all_our_ops_are_known(name):
     [
         ('vim-ssm_conv', 'vim_mixer', 3),
         ('secvit', 'sec_attention', 2.5),
+        ('secvit', 'depthwise_conv2d', 2),
     ],
 )
 def test_backward(name, op, ratio):
-    """With what is computed again: all of a mixer, an attention's weights."""
+    """With what is computed again: all of a mixer, an attention's weights, nothing else."""
     model, image, _ = build(name)
     forward = count(model, image)[0][op]
     counts = count(model, image, backward=True)[0]
@@ -244,6 +245,21 @@ def test_published_figures_of_vil(arch, published):
     products = count(model, image)[1] // 2
     products += 24 * (L * L * 2 * D - Layer.of(L, D, 9).cell)
     assert products == pytest.approx(1e9 * published, rel=0.01)
+
+
+@pytest.mark.parametrize('size, published', {224: 2.71, 512: 18.8}.items())
+def test_published_figures_of_secvit(size, published):
+    """Of the official network, in G, attention and the projection before its head included."""
+    with torch.device('meta'):
+        model, image = SecViT('tiny', out_type='cls').eval(), torch.empty(1, 3, size, size)
+    assert count(model, image)[1] // 2 == pytest.approx(1e9 * published, rel=0.003)
+
+
+def test_published_figures_of_secvit_by_mmengine():
+    model, image = SecViT('tiny', out_type='cls').eval(), torch.empty(1, 3, 224, 224)
+    counts = FlopAnalyzer(model, image).by_operator()
+    products = sum(n for op, n in counts.items() if 'norm' not in op)
+    assert products == pytest.approx(2.71e9, rel=0.003)
 
 
 class Cell(nn.Module):
@@ -297,7 +313,8 @@ def test_registry_alone_is_enough():
         for name in ('visionseq_mm.ops', 'visionseq_mm.analysis', 'torch.utils.flop_counter'):
             assert name not in sys.modules, name
         from mmengine.analysis import complexity_analysis
-        for op in ('vim_mixer', 'vil_mixer', 'mlstm', 'sec_attention', 'sec_partition'):
+        ops = ('vim_mixer', 'vil_mixer', 'mlstm', 'sec_attention', 'sec_partition')
+        for op in (*ops, 'depthwise_conv2d', 'rotary_2d'):
             assert f'visionseq_mm::{op}' in complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS, op
     """
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
@@ -309,7 +326,7 @@ def test_handles_of_others_stay(monkeypatch):
     monkeypatch.setattr(complexity_analysis, '_DEFAULT_SUPPORTED_FLOP_OPS', table)
     flop_handles.install()
     assert table['visionseq_mm::mlstm'] is len
-    assert len(table) == 7
+    assert len(table) == 9
 
 
 def test_mmengine_without_a_table(monkeypatch):

@@ -1,17 +1,14 @@
-"""Small models for the tests that all three backbones share."""
+"""Small models for the tests that all backbones share."""
 
 import torch
 from torch import nn
 
-from visionseq_mm.backbones import SecViT, ViL, Vim
+from visionseq_mm.backbones import SECFasterViT, SECSwin, SecViT, ViL, Vim
 
 PLAIN = dict(embed_dims=16, depth=4)
-PYRAMID = dict(
-    embed_dims=(16, 16, 32, 32),
-    depths=(1, 2, 1, 1),
-    num_heads=(2, 2, 4, 2),
-    layer_scale=(False, False, True, True),
-)
+SEC_SWIN = dict(embed_dims=(16, 16, 32, 32), depths=(1, 2, 1, 1), num_heads=(2, 2, 4, 2))
+PYRAMID = dict(**SEC_SWIN, layer_scale=(False, False, True, True))
+SEC_FASTERVIT = {**SEC_SWIN, 'stem_dims': 8, 'num_heads': (4, 2)}
 
 #: {name: (class, arguments)}: every model has four outputs, and table grids unlike the images'.
 CASES = {
@@ -21,10 +18,13 @@ CASES = {
     'vil1-stride8': (ViL, dict(arch=PLAIN, img_size=64, version=1, stride=8)),
     'vil2': (ViL, dict(arch=PLAIN, img_size=64)),
     'secvit': (SecViT, dict(arch=PYRAMID, num_clusters=(4, 3, 2, 1))),
+    'sec-swin': (SECSwin, dict(arch=SEC_SWIN, num_clusters=(4, 3, 2, 1))),
+    'sec-fastervit': (SECFasterViT, dict(arch=SEC_FASTERVIT, num_clusters=(2, 1))),
 }
 #: One for each class and version.
-KINDS = ('vim', 'vil1', 'vil2', 'secvit')
 PLAIN_KINDS = ('vim', 'vil1', 'vil2')
+PYRAMIDS = ('secvit', 'sec-swin', 'sec-fastervit')
+KINDS = PLAIN_KINDS + PYRAMIDS
 
 
 def build(name, seed=0, **kwargs):

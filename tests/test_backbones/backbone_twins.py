@@ -1,4 +1,4 @@
-"""The three models again, written token by token, block by block from the papers' equations.
+"""The models again, written token by token, block by block from the papers' equations.
 
 Slow and plain on purpose: directions by flipping, gates and halves where the papers have them, no
 op of the package. A twin takes a model for its parameters alone.
@@ -260,15 +260,31 @@ def conv_twin(x, conv, **kwargs):
     return F.conv2d(x, conv.weight, conv.bias, **kwargs)
 
 
-def batch_norm_twin(x, norm):
+def batch_norm_twin(x, norm, eps=1e-5):
     """With the running statistics."""
     shape = (1, -1, 1, 1)
-    x = (x - norm.running_mean.view(shape)) / (norm.running_var.view(shape) + 1e-5).sqrt()
+    x = (x - norm.running_mean.view(shape)) / (norm.running_var.view(shape) + eps).sqrt()
     return x * norm.weight.view(shape) + norm.bias.view(shape)
 
 
-def channel_norm_twin(x, norm):
-    return layer_norm(x.movedim(1, -1), norm.weight, norm.bias, 1e-6).movedim(-1, 1)
+def channel_norm_twin(x, norm, eps=1e-6):
+    return layer_norm(x.movedim(1, -1), norm.weight, norm.bias, eps).movedim(-1, 1)
+
+
+def cluster_twin(q, k, v, num_clusters):
+    """Attention within the clusters of one head, cluster by cluster; all (Dh, L)."""
+    Dh, L = q.shape
+    k = k * Dh**-0.5
+    cosine = F.cosine_similarity(k, k.mean(1, keepdim=True), dim=0)
+    order = sorted(range(L), key=cosine.tolist().__getitem__)
+    y = [None] * L
+    clusters = min(num_clusters, L)
+    for c in range(clusters):
+        members = order[c * L // clusters : (c + 1) * L // clusters]
+        weights = (q[:, members].T @ k[:, members]).softmax(-1)
+        for i, row in zip(members, weights @ v[:, members].T, strict=True):
+            y[i] = row
+    return torch.stack(y, 1)
 
 
 def rotate_twin(x, h, w):
@@ -285,9 +301,9 @@ def rotate_twin(x, h, w):
 
 
 def attention_twin(attn, x, num_heads, num_clusters):
-    """Image by image, head by head, cluster by cluster."""
+    """Image by image, head by head."""
     B, C, h, w = x.shape
-    L, Dh = h * w, C // num_heads
+    Dh = C // num_heads
     qkv = conv_twin(x, attn.qkv)
     q, k, v = qkv[:, :C], qkv[:, C : 2 * C], qkv[:, 2 * C :]
     out = conv_twin(v, attn.lepe, padding=2, groups=C)
@@ -295,17 +311,8 @@ def attention_twin(attn, x, num_heads, num_clusters):
     for b in range(B):
         for n in range(num_heads):
             q_, k_, v_ = (t[b, n * Dh : (n + 1) * Dh].flatten(1) for t in (q, k, v))
-            q_, k_ = rotate_twin(q_, h, w), rotate_twin(k_, h, w) * Dh**-0.5
-            cosine = F.cosine_similarity(k_, k_.mean(1, keepdim=True), dim=0)
-            order = sorted(range(L), key=cosine.tolist().__getitem__)
-            y = [None] * L
-            clusters = min(num_clusters, L)
-            for c in range(clusters):
-                members = order[c * L // clusters : (c + 1) * L // clusters]
-                weights = (q_[:, members].T @ k_[:, members]).softmax(-1)
-                for i, row in zip(members, weights @ v_[:, members].T, strict=True):
-                    y[i] = row
-            rows.append(torch.stack(y, 1))
+            q_, k_ = rotate_twin(q_, h, w), rotate_twin(k_, h, w)
+            rows.append(cluster_twin(q_, k_, v_, num_clusters))
     attended = torch.stack(rows).unflatten(0, (B, num_heads)).flatten(1, 2).unflatten(2, (h, w))
     return conv_twin(attended + out, attn.out_proj)
 
@@ -337,3 +344,71 @@ def secvit_twin(model, image, num_heads, num_clusters):
         return maps, None
     x = batch_norm_twin(conv_twin(x, model.proj), model.final_norm)
     return maps, (x * x.sigmoid()).mean((2, 3))
+
+
+# ------------------------------------------- Swin and FasterViT with clusters
+
+
+def linear_twin(x, linear):
+    """Of a map (B, C, h, w)."""
+    bias = 0 if linear.bias is None else linear.bias[:, None, None]
+    return torch.einsum('oc,bchw->bohw', linear.weight, x) + bias
+
+
+def host_block_twin(block, x, num_heads, num_clusters):
+    qkv = linear_twin(channel_norm_twin(x, block.norm1, 1e-5), block.attn.qkv)
+    heads = qkv.flatten(2).unflatten(1, (3, num_heads, -1))  # (B, 3, H, Dh, L)
+    rows = [
+        [cluster_twin(*head, num_clusters) for head in zip(*one, strict=True)] for one in heads
+    ]
+    y = torch.stack([torch.cat(row) for row in rows]).view(x.shape)
+    x = x + linear_twin(y, block.attn.proj)
+    y = F.gelu(linear_twin(channel_norm_twin(x, block.norm2, 1e-5), block.ffn.layers[0][0]))
+    return x + linear_twin(y, block.ffn.layers[1])
+
+
+def pixels_twin(x, size):
+    """(B, C, size, size, h, w): what each square of pixels has; zeros stand beyond the edges."""
+    x = F.pad(x, (0, -x.shape[3] % size, 0, -x.shape[2] % size))
+    rows = [torch.stack([x[:, :, i::size, j::size] for j in range(size)], 2) for i in range(size)]
+    return torch.stack(rows, 2)
+
+
+def sec_swin_twin(model, image, num_heads, num_clusters):
+    """Maps of the stages, and the vector before the head where there is one."""
+    stem = model.patch_embed.projection
+    x = torch.einsum('bcijhw,ocij->bohw', pixels_twin(image, 4), stem.weight)
+    x = channel_norm_twin(x + stem.bias[:, None, None], model.patch_embed.norm, 1e-5)
+    maps = []
+    for stage, heads, clusters in zip(model.stages, num_heads, num_clusters, strict=False):
+        for block in stage.blocks:
+            x = host_block_twin(block, x, heads, clusters)
+        maps.append(x)
+        if stage.downsample is not None:
+            x = channel_norm_twin(pixels_twin(x, 2).flatten(1, 3), stage.downsample.norm, 1e-5)
+            x = linear_twin(x, stage.downsample.reduction)
+    if not hasattr(model, 'final_norm'):
+        return maps, None
+    return maps, channel_norm_twin(x, model.final_norm, 1e-5).mean((2, 3))
+
+
+def sec_fastervit_twin(model, image, num_heads, num_clusters):
+    """Maps of the stages, and the vector before the head where there is one."""
+    stem, x = model.patch_embed, image
+    for conv, norm in ((stem.conv1, stem.norm1), (stem.conv2, stem.norm2)):
+        x = batch_norm_twin(conv_twin(x, conv, stride=2, padding=1), norm, 1e-4).clamp(min=0)
+    maps = []
+    for i, stage in enumerate(model.stages):
+        for block in stage.blocks:
+            if i < 2:
+                y = F.gelu(batch_norm_twin(conv_twin(x, block.conv1, padding=1), block.norm1))
+                x = x + batch_norm_twin(conv_twin(y, block.conv2, padding=1), block.norm2)
+            else:
+                x = host_block_twin(block, x, num_heads[i - 2], num_clusters[i - 2])
+        maps.append(x)
+        if stage.downsample is not None:
+            x = channel_norm_twin(x, stage.downsample.norm)
+            x = conv_twin(x, stage.downsample.reduction, stride=2, padding=1)
+    if not hasattr(model, 'final_norm'):
+        return maps, None
+    return maps, batch_norm_twin(x, model.final_norm).mean((2, 3))

@@ -75,9 +75,7 @@ def step(name, **arguments):
 def test_forward_and_backward(name, capsys):
     """Memory is linear in the tokens, and much less with recomputation."""
     with capsys.disabled():
-        levels = [dict(), dict(with_cp=True)]
-        if name != 'SecViT':
-            levels.insert(0, dict(recompute='none'))
+        levels = [dict(recompute='none'), dict(recompute='kernel'), dict(with_cp=True)]
         added = [step(name, **level) for level in levels]
     assert added[0] < BUDGET
     for more, less in pairwise(added):

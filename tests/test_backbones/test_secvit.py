@@ -1,13 +1,29 @@
 """What only SecViT has: clusters, batch norms, layer scale, and its initialisation."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
-from backbone_cases import PYRAMID, build, image, randomize
+from backbone_cases import PYRAMID, build, gradients, image, randomize, step_and_count
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from visionseq_mm.backbones import SecViT
+
+
+class CountedOps(TorchDispatchMode):
+    """How often each of our ops ran, by its name."""
+
+    def __enter__(self):
+        self.counts = Counter()
+        super().__enter__()
+        return self.counts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == 'visionseq_mm':
+            self.counts[func._opname] += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +102,46 @@ def test_features_are_those_before_the_downsampling():
         shallow.load_state_dict({key: state[key] for key in shallow.state_dict()})
         assert not any(key.startswith(f'stages.{last}.downsample') for key in shallow.state_dict())
         torch.testing.assert_close(shallow(picture)[0], deep(picture)[last])
+
+
+@pytest.mark.parametrize(
+    ('level', 'clusters', 'attention'),
+    [
+        (dict(), 1, 1),
+        (dict(recompute='kernel'), 1, 1),
+        (dict(with_cp=True), 2, 2),
+        (dict(recompute='kernel', with_cp=True), 2, 2),
+    ],
+)
+def test_recomputation_levels(level, clusters, attention):
+    """The same gradients; clusters and attention are computed again only with ``with_cp``."""
+    picture = image(64, 96, batch=2, dtype=torch.float64)
+    expected, kept = step_and_count(randomize(build('secvit')), picture)
+    model = randomize(build('secvit', **level))
+    with CountedOps() as counted:
+        grads, size = step_and_count(model, picture)
+    torch.testing.assert_close(grads, expected)
+    blocks = sum(model.depths)
+    assert counted['sec_partition'] == clusters * blocks
+    assert counted['sec_attention'] == attention * blocks
+    assert counted['sec_attention_backward'] == blocks
+    if level:
+        assert size < kept / 2
+
+
+def test_recompute_with_stochastic_depth():
+    """What is computed again has the masks of the first time."""
+    results = []
+    for recompute in ('none', 'kernel'):
+        model = build('secvit', recompute=recompute, drop_path_rate=0.5)
+        torch.manual_seed(1)
+        results.append(gradients(model, image(64, 64, batch=4))[1])
+    torch.testing.assert_close(*results)
+
+
+def test_recompute_by_name():
+    with pytest.raises(ValueError, match=r"recompute must be 'none' or 'kernel', got True"):
+        build('secvit', recompute=True)
 
 
 def test_initialisation():

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from backbone_cases import CASES, KINDS, build, gradients, image, randomize
+from backbone_cases import CASES, KINDS, PYRAMIDS, build, gradients, image, randomize
 
-PLAIN = [name for name in CASES if name != 'secvit']
+PLAIN = [name for name in CASES if name not in PYRAMIDS]
 
 
 @pytest.mark.parametrize('name', PLAIN)
@@ -22,10 +22,11 @@ def test_maps_of_plain_backbones(name, size):
     assert [tuple(m.shape) for m in maps] == [(1, 16, *expected)] * 2
 
 
+@pytest.mark.parametrize('name', PYRAMIDS)
 @pytest.mark.parametrize('size', [(333, 500), (1, 1), (5, 70), (32, 32), (100, 64)])
-def test_maps_of_secvit(size):
+def test_maps_of_pyramids(name, size):
     with torch.no_grad():
-        maps = build('secvit').eval()(image(*size))
+        maps = build(name).eval()(image(*size))
     grid, grids = [math.ceil(math.ceil(n / 2) / 2) for n in size], []
     for _ in range(4):
         grids.append(tuple(grid))
@@ -60,7 +61,7 @@ def test_bad_images(name, shape):
 
 @pytest.mark.parametrize('name', CASES)
 def test_small_images(name):
-    size = (0, 64) if name == 'secvit' else (64, 15)
+    size = (0, 64) if name in PYRAMIDS else (64, 15)
     with pytest.raises(ValueError, match='at least'):
         build(name)(image(*size))
 

@@ -6,12 +6,32 @@ parameter is random, so that what is misplaced shows.
 
 import pytest
 import torch
-from backbone_cases import CASES, PYRAMID, build, gradients, image, loss_of, randomize
-from backbone_twins import secvit_twin, vil_twin, vim_cls_twin, vim_twin
+from backbone_cases import CASES, PYRAMIDS, build, gradients, image, loss_of, randomize
+from backbone_twins import (
+    sec_fastervit_twin,
+    sec_swin_twin,
+    secvit_twin,
+    vil_twin,
+    vim_cls_twin,
+    vim_twin,
+)
 
 PICTURE = image(55, 83, batch=2, dtype=torch.float64)
 #: The twins of Vim and ViL walk the tokens one by one; a stride of 8 makes four times as many.
 SMALL_PICTURE = image(30, 45, dtype=torch.float64)
+
+
+PYRAMID_TWINS = {
+    'secvit': secvit_twin,
+    'sec-swin': sec_swin_twin,
+    'sec-fastervit': sec_fastervit_twin,
+}
+
+
+def pyramid_twin(name, model, picture):
+    _, arguments = CASES[name]
+    twin = PYRAMID_TWINS[name]
+    return twin(model, picture, arguments['arch']['num_heads'], arguments['num_clusters'])
 
 
 def outputs_of_twin(name, model, picture):
@@ -20,7 +40,7 @@ def outputs_of_twin(name, model, picture):
         return vim_twin(model, picture, stride)[0]
     if name.startswith('vil'):
         return vil_twin(model, picture, int(name[3]), stride)[0]
-    return secvit_twin(model, picture, PYRAMID['num_heads'], CASES[name][1]['num_clusters'])[0]
+    return pyramid_twin(name, model, picture)[0]
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -74,9 +94,11 @@ def test_vil_class_vector(version):
     torch.testing.assert_close(model(PICTURE), (expected,), rtol=1e-9, atol=1e-9)
 
 
-def test_secvit_class_vector():
-    model = randomize(build('secvit', out_type='cls'))
+@pytest.mark.parametrize('name', PYRAMIDS)
+def test_class_vectors_of_pyramids(name):
+    model = randomize(build(name, out_type='cls'))
     picture = image(70, 45, dtype=torch.float64)
-    _, expected = secvit_twin(model, picture, PYRAMID['num_heads'], (4, 3, 2, 1))
-    assert expected.shape == (1, 1024)
-    torch.testing.assert_close(model(picture), (expected,), rtol=1e-5, atol=1e-5)
+    _, expected = pyramid_twin(name, model, picture)
+    assert expected.shape == (1, 1024 if name == 'secvit' else 32)
+    tolerance = 1e-5 if name == 'secvit' else 1e-9
+    torch.testing.assert_close(model(picture), (expected,), rtol=tolerance, atol=tolerance)

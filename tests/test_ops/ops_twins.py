@@ -14,6 +14,7 @@ from visionseq_mm.ops import (
     cluster_attention,
     conv1d_silu,
     mlstm,
+    rotary_2d,
     sec_attention,
     sec_partition,
     selective_scan,
@@ -23,6 +24,7 @@ from visionseq_mm.ops import (
 from visionseq_mm.ops.cluster_attention import reference as cluster_reference
 from visionseq_mm.ops.dispatch import INSTALLED
 from visionseq_mm.ops.mlstm import reference as mlstm_reference
+from visionseq_mm.ops.rotary_2d import frequencies
 from visionseq_mm.ops.selective_scan import reference as scan_reference
 from visionseq_mm.ops.vil_mixer import Weights
 
@@ -199,7 +201,7 @@ def partition_twin(k, num_clusters, valid=None):
     return clusters, order
 
 
-def cluster_twin(q, k, v, num_clusters, valid=None):
+def cluster_twin(q, k, v, num_clusters, valid=None, lepe=None):
     """One softmax for each cluster."""
     out = torch.zeros_like(v)
     for (b, h, _), tokens in partition_twin(k.detach(), num_clusters, valid)[0].items():
@@ -207,8 +209,21 @@ def cluster_twin(q, k, v, num_clusters, valid=None):
             P = torch.softmax(q[b, tokens, h] @ k[b, tokens, h].T / q.shape[-1] ** 0.5, -1)
             at = torch.zeros_like(v)
             at[b, tokens, h] = P @ v[b, tokens, h]
+            if lepe is not None:
+                at[b, tokens, h] += lepe[b, tokens, h]
             out = out + at
     return out
+
+
+def rotary_twin(q, k):
+    """Pairs of channels as complex numbers, on `token_grid`."""
+    h, w = token_grid(q.shape[1])
+    theta = frequencies(q.shape[-1], q.device, q.dtype)
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing='ij')
+    angles = torch.cat([y.reshape(-1, 1) * theta, x.reshape(-1, 1) * theta], -1)[:, None]
+    turn = torch.polar(torch.ones_like(angles), angles)
+    pairs = [torch.view_as_complex(z.unflatten(-1, (-1, 2)).contiguous()) for z in (q, k)]
+    return torch.stack([torch.view_as_real(z * turn).flatten(-2) for z in pairs], 1)
 
 
 def scan_inputs(L, D=5, N=3):
@@ -271,7 +286,23 @@ def on_grid(tokens, *weights, reverse=(True, False), columns=(False, True), **kw
 
 
 def cluster_inputs(L, Dh=6, H=3):
-    return normal(*[(2, L, H, Dh)] * 3)
+    return normal(*[(2, L, H, Dh)] * 4)
+
+
+def clustered(q, k, v, lepe, **kwargs):
+    """`cluster_attention` of tensors alone."""
+    return cluster_attention(q, k, v, clusters_of(q), lepe=lepe, **kwargs)
+
+
+def rotary_inputs(L, Dh=8, H=3):
+    return normal(*[(2, L, H, Dh)] * 2)
+
+
+def turned(q, k, **kwargs):
+    """`rotary_2d` on `token_grid`, both results in one."""
+    grid = token_grid(q.shape[1])
+    both = rotary_2d(q.unflatten(1, grid), k.unflatten(1, grid), **kwargs)
+    return torch.stack([x.flatten(1, 2) for x in both], 1)
 
 
 def normal(*shapes):
@@ -292,10 +323,12 @@ class Case:
     wide: tuple[int, ...] = ()  # inputs that may be float32 beside bfloat16
     half: float = 2e-2  # error in bfloat16
     registered: str = ''
+    registered_backward: str = ''
     backend: str = 'reference'
 
     def __post_init__(self):
         self.registered = self.registered or self.name
+        self.registered_backward = self.registered_backward or f'{self.registered}_backward'
 
     def __str__(self):
         return f'{self.name}-{self.backend}'
@@ -333,9 +366,10 @@ def _mlstm_steps(inputs):
 
 
 def _cluster_steps(inputs, num_clusters=32):
+    *inputs, lepe = inputs
     idx = cluster_reference.partition(inputs[1], num_clusters, None)
-    out = cluster_reference.forward(*inputs, idx, num_clusters, None)
-    cluster_reference.backward(torch.ones_like(out), *inputs, idx, num_clusters, None)
+    out, *kept = cluster_reference.forward(*inputs, idx, num_clusters, None, lepe, True)
+    cluster_reference.backward(torch.ones_like(out), *inputs, idx, *kept, num_clusters, None)
 
 
 SCAN = Case(
@@ -399,30 +433,41 @@ LAYER = Case(
 )
 CLUSTER = Case(
     'sec_attention',
-    lambda q, k, v, **kwargs: cluster_attention(q, k, v, clusters_of(q), **kwargs),
-    lambda q, k, v: cluster_twin(q, k, v, clusters_of(q)),
+    clustered,
+    lambda q, k, v, lepe: cluster_twin(q, k, v, clusters_of(q), lepe=lepe),
     cluster_inputs,
     lambda xs: (
-        *xs,
+        *xs[:3],
         sec_partition(xs[1], clusters_of(xs[1])),
         clusters_of(xs[1]),
         None,
+        xs[3],
+        True,
         'reference',
     ),
     _cluster_steps,
 )
+ROTARY = Case(
+    'rotary_2d',
+    turned,
+    rotary_twin,
+    rotary_inputs,
+    lambda xs: (*(x.unflatten(1, token_grid(x.shape[1])) for x in xs), False, 'reference'),
+    registered_backward='rotary_2d',
+)
 CASES = tuple(
     case.on(backend)
-    for case in (SCAN, BOTH, CONV, MIXER, MLSTM, LAYER, CLUSTER)
+    for case in (SCAN, BOTH, CONV, MIXER, MLSTM, LAYER, CLUSTER, ROTARY)
     for backend in ('reference', 'cpu')
-    if backend == 'reference' or (case is not CLUSTER and INSTALLED['numba'])
+    if backend == 'reference' or INSTALLED['numba']
 )
 
 
-def fixed_order(q, k, v):
-    """`cluster_attention` of these keys as a smooth function."""
-    K = clusters_of(k)
-    return partial(sec_attention, idx=sec_partition(k, K), num_clusters=K)
+def fixed_order(case, inputs):
+    """CLUSTER's op with the clusters of these keys, as a smooth function."""
+    K = clusters_of(inputs[1])
+    idx = sec_partition(inputs[1], K, backend=case.backend)
+    return lambda q, k, v, lepe: sec_attention(q, k, v, idx, K, None, case.backend, lepe)
 
 
 def run(fn, inputs, dout=None):

@@ -13,6 +13,14 @@ from ops_twins import (
 
 from visionseq_mm.ops import cluster_attention, sec_attention, sec_partition
 from visionseq_mm.ops.cluster_attention import reference
+from visionseq_mm.ops.dispatch import INSTALLED
+
+
+@pytest.fixture(autouse=True, params=['reference', *['cpu'] * INSTALLED['numba']])
+def backend(request, monkeypatch):
+    """Of every call that names none."""
+    monkeypatch.setenv('VISIONSEQ_BACKEND', request.param)
+    return request.param
 
 
 def random_valid(B, L):
@@ -24,29 +32,53 @@ def random_valid(B, L):
 
 
 def samples(B, L):
-    return normal(*[(B, L, 2, 4)] * 3)
+    """q, k, v and lepe."""
+    return normal(*[(B, L, 2, 4)] * 4)
+
+
+def attention(K, valid=None):
+    """`cluster_attention` of tensors alone."""
+    return lambda q, k, v, lepe: cluster_attention(q, k, v, K, valid, lepe=lepe)
 
 
 @pytest.mark.parametrize(('L', 'K'), [(1, 1), (7, 7), (64, 4), (65, 4), (63, 32), (200, 7)])
 @pytest.mark.parametrize('partly', [False, True])
 def test_equals_twin(L, K, partly):
-    q, k, v = samples(4, L)
+    inputs = samples(4, L)
     valid = random_valid(4, L) if partly else None
-    idx = sec_partition(k, K, valid)
+    clusters, order = partition_twin(inputs[1], K, valid)
+    idx = sec_partition(inputs[1], K, valid)
     assert idx.dtype == torch.int32
-    torch.testing.assert_close(idx, partition_twin(k, K, valid)[1])
-    actual = run(lambda *xs: cluster_attention(*xs, K, valid), (q, k, v))
-    assert_close(actual, run(lambda *xs: cluster_twin(*xs, K, valid), (q, k, v)), 1e-12)
+    for (b, h, c), tokens in clusters.items():
+        n = L if valid is None else int(valid[b].sum())
+        assert sorted(idx[b, h, c * n // K : (c + 1) * n // K].tolist()) == sorted(tokens)
+        assert (idx[b, h, n:] == order[b, h, n:]).all()
+    twin = run(lambda q, k, v, lepe: cluster_twin(q, k, v, K, valid, lepe), inputs)
+    assert_close(run(attention(K, valid), inputs), twin, 1e-12)
+
+
+@pytest.mark.parametrize('partly', [False, True])
+def test_backward_of_a_graph_made_without_gradients(partly, backend):
+    """As after a trace: what the backward needs was not kept, and is computed then."""
+    inputs, valid = samples(4, 65), random_valid(4, 65) if partly else None
+    expected = run(attention(5, valid), inputs)
+    idx = sec_partition(inputs[1], 5, valid)
+
+    def op(q, k, v, lepe):
+        registered = torch.ops.visionseq_mm.sec_attention
+        return registered(q, k, v, idx, 5, valid, lepe, False, backend)[0]
+
+    torch.testing.assert_close(run(op, inputs), expected)
 
 
 def test_one_cluster_is_attention():
-    q, k, v = cluster_inputs(65)
+    q, k, v, _ = cluster_inputs(65)
     full = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
     torch.testing.assert_close(cluster_attention(q, k, v, 1), full.transpose(1, 2))
 
 
 def test_as_many_clusters_as_tokens():
-    q, k, v = cluster_inputs(9)
+    q, k, v, _ = cluster_inputs(9)
     torch.testing.assert_close(cluster_attention(q, k, v, 9), v)
 
 
@@ -75,14 +107,14 @@ def test_partition_is_at_least_float32():
 
 
 def test_token_order_does_not_matter():
-    inputs = cluster_inputs(200)
+    inputs = cluster_inputs(200)[:3]
     shuffle = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     expected = cluster_attention(*inputs, 7)[:, shuffle]
     torch.testing.assert_close(cluster_attention(*(x[:, shuffle] for x in inputs), 7), expected)
 
 
 def test_order_inside_a_cluster_does_not_matter():
-    q, k, v = cluster_inputs(64)
+    q, k, v, _ = cluster_inputs(64)
     idx = sec_partition(k, 4)
     other = idx.view(2, 3, 4, 16).flip(3).reshape_as(idx)
     torch.testing.assert_close(sec_attention(q, k, v, other, 4), sec_attention(q, k, v, idx, 4))
@@ -96,9 +128,7 @@ def test_invalid_tokens():
     fill = valid[:, :, None, None]
     noise = [torch.where(fill, x, 1e3 * torch.randn_like(x)) for x in inputs]
 
-    def op(*xs):
-        return cluster_attention(*xs, K, valid)
-
+    op = attention(K, valid)
     actual = run(op, inputs)
     for x, other in zip(actual, run(op, noise), strict=True):
         assert (x[~valid] == 0).all()
@@ -111,25 +141,25 @@ def test_padding_equals_no_padding():
     inputs = samples(2, 65)
     padded = [F.pad(x, (0, 0, 0, 0, 0, 35), value=7.0) for x in inputs]
     valid = (torch.arange(100) < 65).expand(2, 100)
-    out = cluster_attention(*padded, 4, valid)
-    torch.testing.assert_close(out[:, :65], cluster_attention(*inputs, 4))
+    torch.testing.assert_close(attention(4, valid)(*padded)[:, :65], attention(4)(*inputs))
 
 
 def test_all_valid_is_no_mask():
     inputs = samples(2, 65)
     valid = torch.ones(2, 65, dtype=torch.bool)
-    actual = run(lambda *xs: cluster_attention(*xs, 4, valid), inputs)
-    expected = run(lambda *xs: cluster_attention(*xs, 4), inputs)
+    actual, expected = (run(attention(4, mask), inputs) for mask in (valid, None))
     torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize('valid', [None, random_valid(4, 65)], ids=['whole', 'valid'])
-def test_registration(valid):
-    q, k, v = (x.requires_grad_() for x in samples(4, 65))
+def test_registration(valid, backend):
+    *qkv, lepe = (x.requires_grad_() for x in samples(4, 65))
     ops = torch.ops.visionseq_mm
-    torch.library.opcheck(ops.sec_partition.default, (k.detach(), 4, valid, 'reference'))
-    idx = sec_partition(k, 4, valid)
-    torch.library.opcheck(ops.sec_attention.default, (q, k, v, idx, 4, valid, 'reference'))
+    torch.library.opcheck(ops.sec_partition.default, (qkv[1].detach(), 4, valid, backend))
+    idx = sec_partition(qkv[1], 4, valid)
+    for extra, keep in ((lepe, True), (lepe, False), (None, True)):
+        args = (*qkv, idx, 4, valid, extra, keep, backend)
+        torch.library.opcheck(ops.sec_attention.default, args)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -138,13 +168,13 @@ def test_memory_is_linear_in_a_long_cluster(dtype):
     q, k, v = (x.to(dtype) for x in normal(*[(1, 4096, 1, 8)] * 3))
     idx = sec_partition(k, 1)
     with LargestTensor() as mode:
-        out = reference.forward(q, k, v, idx, 1, None)
-        reference.backward(out, q, k, v, idx, 1, None)
+        out, *kept = reference.forward(q, k, v, idx, 1, None, None, True)
+        reference.backward(out, q, k, v, idx, *kept, 1, None)
     assert mode.elements <= 4096 * 4096 // 8
 
 
 def test_bad_arguments():
-    q, k, v = cluster_inputs(7)
+    q, k, v, _ = cluster_inputs(7)
     idx = sec_partition(k, 2)
     for op in (
         lambda K: sec_partition(k, K),

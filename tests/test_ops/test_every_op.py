@@ -63,7 +63,7 @@ def test_causal(case):
 @all_ops
 def test_gradcheck(case):
     inputs = [x.requires_grad_() for x in case.inputs(7)]
-    op = fixed_order(*inputs) if case.name == 'sec_attention' else case.op
+    op = fixed_order(case, inputs) if case.name == 'sec_attention' else case.op
     assert torch.autograd.gradcheck(op, inputs)
 
 
@@ -75,7 +75,7 @@ def test_low_precision(case, dtype):
     actual = run(case.op, inputs)
     assert [x.dtype for x in actual] == [dtype] * (1 + len(inputs))
     # The order of the twin would be that of float64 cosines.
-    twin = fixed_order(*inputs) if case.name == 'sec_attention' else case.twin
+    twin = fixed_order(case, inputs) if case.name == 'sec_attention' else case.twin
     assert_close(actual, run(twin, [x.double() for x in inputs]), ratio)
 
 
@@ -86,7 +86,7 @@ def test_mixed_dtypes(case):
     inputs = [x.to(dtype) for x, dtype in zip(inputs, dtypes, strict=True)]
     actual = run(case.op, inputs)
     assert [x.dtype for x in actual] == [torch.bfloat16, *dtypes]
-    twin = fixed_order(*inputs) if case.name == 'sec_attention' else case.twin
+    twin = fixed_order(case, inputs) if case.name == 'sec_attention' else case.twin
     assert_close(actual, run(twin, [x.double() for x in inputs]), case.half)
 
 
@@ -197,14 +197,14 @@ def test_bad_inputs(case, n):
     with pytest.raises(ValueError, match='floating point'):
         call(good[n].long())
     if n:
-        with pytest.raises(ValueError, match='is on meta, the other inputs on cpu'):
+        with pytest.raises(ValueError, match=r'(is|are) on meta'):
             call(good[n].to('meta'))
 
 
 @all_ops
 def test_empty_sequence(case):
     empty = [x.narrow(x.shape.index(7), 0, 0) if 7 in x.shape else x for x in case.inputs(7)]
-    with pytest.raises(ValueError, match=r'is empty along [LS]'):
+    with pytest.raises(ValueError, match=r'is empty along [LSw]'):
         case.op(*empty)
 
 
@@ -239,10 +239,10 @@ def test_results_lie_as_promised(case):
     """Contiguous, as the fake kernels say and compiled code relies on."""
     inputs = [x.mT.contiguous().mT if x.dim() > 1 else x for x in case.inputs(33)]
     assert case.op(*inputs).is_contiguous()
-    name = case.registered
     with Contiguous() as mode:
         run(case.op, inputs)
-    assert {f'visionseq_mm.{name}', f'visionseq_mm.{name}_backward'} <= mode.seen
+    names = case.registered, case.registered_backward
+    assert {f'visionseq_mm.{name}' for name in names} <= mode.seen
 
 
 class Contiguous(TorchDispatchMode):

@@ -46,7 +46,8 @@ def _attention(inputs, outputs):
 
 
 #: {name in a trace: function of its inputs and outputs}, as ``set_op_handle`` takes them; None
-#: leaves ``sec_partition`` out, for no counter has numbers for sorting or for means.
+#: leaves an op out: no counter has numbers for sorting and means, nor for products by element,
+#: which ``rotary_2d`` is made of.
 HANDLES = {
     'visionseq_mm::vim_mixer': _mixer,
     'visionseq_mm::selective_scan': _scan,
@@ -54,5 +55,7 @@ HANDLES = {
     'visionseq_mm::mlstm': _halved('mlstm'),
     'visionseq_mm::vil_mixer': _halved('vil_mixer'),
     'visionseq_mm::sec_attention': _attention,
+    'visionseq_mm::depthwise_conv2d': _halved('depthwise_conv2d'),
     'visionseq_mm::sec_partition': None,
+    'visionseq_mm::rotary_2d': None,
 }

@@ -1,8 +1,10 @@
-"""What the three backbones share.
+"""What the backbones share.
 
 ``SequenceBackbone``: arguments, frozen parts, recomputation, outputs and the
 loading of checkpoints. ``PlainBackbone``: the stem of Vim and ViL, which cut
 the image into 16x16 patches and keep one resolution throughout.
+``ClusterPyramid``: the four stages of SecViT and of the hosts whose windows
+became clusters.
 
 Shapes: B batch, C channels of a map, D embedding, L tokens = h * w, and
 ``hw = (h, w)``, the token grid, which travels with every sequence.
@@ -10,13 +12,19 @@ Shapes: B batch, C channels of a map, D embedding, L tokens = h * w, and
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from visionseq_mm.checkpoints import adapt, rename, select_weights
 from visionseq_mm.layers import build_map_norm, resize_grid
@@ -34,7 +42,7 @@ def linear_ramp(last, count):
 
 
 class SequenceBackbone(BaseModule):
-    """Base of Vim, ViL and SecViT.
+    """Base of all backbones.
 
     A subclass sets ``arch_zoo`` and ``official_names``, builds its layers,
     calls :meth:`finish_init` and defines :meth:`parts`.
@@ -162,6 +170,19 @@ class SequenceBackbone(BaseModule):
                 item.eval()
         return self
 
+    def recomputes_in_kernel(self, recompute):
+        """Whether blocks keep little; one that is computed again as a whole need not.
+
+        Raises:
+            ValueError: For an unknown level.
+        """
+        if recompute not in ('none', 'kernel'):
+            raise ValueError(
+                f"recompute must be 'none' or 'kernel', got {recompute!r}; with_cp=True "
+                'recomputes whole blocks'
+            )
+        return recompute == 'kernel' and not self.with_cp
+
     def run(self, block, *inputs):
         """``block(*inputs)``, recomputed in the backward pass with ``with_cp``.
 
@@ -269,19 +290,6 @@ class PlainBackbone(SequenceBackbone):
         self.pos_embed = nn.Parameter(torch.empty(1, *grid, embed_dims))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def recomputes_in_kernel(self, recompute):
-        """Whether a mixer keeps little; in a block that is computed again it need not.
-
-        Raises:
-            ValueError: For an unknown level.
-        """
-        if recompute not in ('none', 'kernel'):
-            raise ValueError(
-                f"recompute must be 'none' or 'kernel', got {recompute!r}; with_cp=True "
-                'recomputes whole blocks'
-            )
-        return recompute == 'kernel' and not self.with_cp
-
     def embed(self, image):
         """Tokens with their positions: (B, 3, H, W) -> (B, h, w, D)."""
         self.check_image(image, PatchEmbed.size)
@@ -309,3 +317,177 @@ class PlainBackbone(SequenceBackbone):
         if index.isdigit():
             return len(self.blocks) <= int(index) < self.depth
         return self.out_type == 'featmap' and name.startswith(self.cls_only)
+
+
+def hide(x, valid):
+    """A map (B, C, h, w) with zeros where ``valid`` (B, h, w) is false; itself for None."""
+    return x if valid is None else x.masked_fill(~valid[:, None], 0)
+
+
+def halve(valid):
+    """``valid`` of a map at half the resolution, rounded up; None for None.
+
+    A place is valid if its first pixel is, so that images padded right and bottom have as many
+    valid rows and columns as without padding.
+    """
+    return None if valid is None else valid[:, ::2, ::2]
+
+
+def _keep_attention(ctx, op, *args, **kwargs):
+    kept = op in (
+        torch.ops.visionseq_mm.sec_partition.default,
+        torch.ops.visionseq_mm.sec_attention.default,
+    )
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, and the step down to the next where there is one.
+
+    Args:
+        blocks (Sequence[nn.Module]): Called with (map, valid), return a map.
+        downsample (nn.Module | None): Called with (map, valid), returns both.
+    """
+
+    def __init__(self, blocks, downsample):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, x, valid, run):
+        for block in self.blocks:
+            x = run(block, x, valid)
+        return x
+
+
+class ClusterPyramid(SequenceBackbone):
+    """Base of the four-stage backbones with cluster attention.
+
+    A subclass builds ``patch_embed``, called with (image, valid), which returns a map and its
+    ``valid``; ``stages``, each a :class:`Stage`, whose ``run`` is :meth:`run`; and ``depths``;
+    and defines :meth:`pool`.
+
+    With ``mask_padding`` images have a fourth channel, which says where they are not padding
+    (not 0): what ``visionseq_mm.DetDataPreprocessor`` and ``SegDataPreProcessor`` append. Padding
+    then counts in no cluster and is 0 in every map, as what lies outside of an image is for a
+    convolution, so that the features of an image do not depend on how far it was padded.
+    """
+
+    #: Parts that only ``out_type='cls'`` builds.
+    cls_only = ('final_norm',)
+    #: Whether batch norms keep their statistics in training.
+    norm_eval = False
+
+    def __init__(
+        self,
+        out_type,
+        frozen_stages,
+        with_cp,
+        recompute,
+        min_matched,
+        init_cfg,
+        mask_padding=False,
+    ):
+        super().__init__(out_type, frozen_stages, with_cp, min_matched, init_cfg)
+        self.recompute = self.recomputes_in_kernel(recompute)
+        self.mask_padding = mask_padding
+
+    def resolve_stages(self, arch, counts, num_clusters):
+        """Settings of ``arch`` and ``num_clusters``.
+
+        Args:
+            counts (dict): {key of ``arch``: how many values it has, None for a number}. There are
+                as many ``num_clusters`` as ``num_heads``.
+
+        Raises:
+            ValueError: For other numbers of values, and clusters below 1.
+        """
+        settings = {**self.resolve_arch(arch, counts), 'num_clusters': num_clusters}
+        for key, count in {**counts, 'num_clusters': counts['num_heads']}.items():
+            values = settings[key]
+            if (len(values) if isinstance(values, Sequence) else None) != count:
+                wanted = f'{count} values, one for each stage that has it' if count else 'a number'
+                raise ValueError(f'{key} needs {wanted}, got {values!r}')
+        if any(not isinstance(n, int) or n < 1 for n in num_clusters):
+            raise ValueError(
+                'num_clusters must be integers of at least 1 (1: full attention), '
+                f'got {tuple(num_clusters)}'
+            )
+        return settings
+
+    def parts(self):
+        return [[self.patch_embed], *([stage] for stage in self.stages)]
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.norm_eval:
+            set_norms_to_eval(self)
+        return self
+
+    def run(self, block, *inputs):
+        """``block(*inputs)``; what the backward recomputes is said by ``with_cp``, ``recompute``.
+
+        The latter's blocks keep their input, the clusters and what attention gave.
+        """
+        if not self.recompute or not torch.is_grad_enabled():
+            return super().run(block, *inputs)
+        kept = partial(create_selective_checkpoint_contexts, _keep_attention)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=kept)
+
+    def split_image(self, image):
+        """Image (B, 3, H, W), channels last in memory, and where it is valid (B, H, W) or None."""
+        valid = None
+        if image.ndim == 4 and bool(image.shape[1] == 4) != self.mask_padding:
+            raise ValueError(
+                f'expected images of shape (B, {4 if self.mask_padding else 3}, H, W) with '
+                f'mask_padding={self.mask_padding}, got {tuple(image.shape)}; the fourth channel, '
+                'which says what is padding, is that of the data preprocessors '
+                'visionseq_mm.DetDataPreprocessor and visionseq_mm.SegDataPreProcessor'
+            )
+        if self.mask_padding and image.ndim == 4:
+            valid = image[:, 3] != 0
+            image = hide(image[:, :3], valid)
+        self.check_image(image)
+        return image.contiguous(memory_format=torch.channels_last), valid
+
+    def pool(self, x, valid):
+        """The vector of ``out_type='cls'``: (B, C, h, w) -> (B, num_features)."""
+        raise NotImplementedError
+
+    def forward(self, image):
+        image, valid = self.split_image(image)
+        x, valid = self.patch_embed(image, valid)
+        maps, masks = [], []
+        for i, stage in enumerate(self.stages):
+            x = stage(x, valid, self.run)
+            if i in self.out_indices:
+                maps.append(x)
+                masks.append(valid)
+            if stage.downsample is not None:
+                x, valid = stage.downsample(x, valid)
+        if self.out_type == 'cls':
+            return (self.pool(x, valid),)
+        return tuple(map(hide, self.normalize_outputs(maps), masks))
+
+    def is_left_out(self, name):
+        match [int(part) if part.isdigit() else part for part in name.split('.')]:
+            case ['stages', int(stage), 'blocks', int(block), *_]:
+                return len(self.stages) <= stage < 4 and block < self.depths[stage]
+            case ['stages', int(stage), 'downsample', *_]:
+                return len(self.stages) - 1 <= stage < 3
+            case [first, *_]:
+                return self.out_type == 'featmap' and first in self.cls_only
+
+
+def mean_of_valid(x, valid):
+    """(B, C, h, w) -> (B, C)."""
+    if valid is None:
+        return x.mean((2, 3))
+    return hide(x, valid).sum((2, 3)) / valid.sum((1, 2))[:, None].clamp(min=1)
+
+
+def set_norms_to_eval(module):
+    """Batch norms of ``module`` use their running statistics and leave them as they are."""
+    for m in module.modules():
+        if isinstance(m, _BatchNorm):
+            m.eval()

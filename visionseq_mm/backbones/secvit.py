@@ -6,46 +6,36 @@ and the mean key:
 
     x <- x + CPE(x);   x <- x + Attention(LN(x));   x <- x + FFN(LN(x))
 
-Shapes: B batch, C channels of the stage, (h, w) its grid, L = h * w tokens,
-H heads of Dh = C / H channels.
-"""
+Maps lie channels last in memory, so that they are tokens (B, h, w, C) too.
 
-from collections.abc import Sequence
+Shapes: B batch, C channels of the stage, (h, w) its grid, H heads of Dh = C / H
+channels; ``valid`` (B, h, w) says where a map is not padding, None that it is
+nowhere.
+"""
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from visionseq_mm import checkpoints
-from visionseq_mm.backbones.base import SequenceBackbone, linear_ramp
+from visionseq_mm.backbones.base import (
+    ClusterPyramid,
+    Stage,
+    halve,
+    hide,
+    linear_ramp,
+    mean_of_valid,
+)
 from visionseq_mm.layers import LN2d
-from visionseq_mm.ops import cluster_attention
+from visionseq_mm.ops import cluster_attention, depthwise_conv2d, rotary_2d
 from visionseq_mm.registry import MODELS
 
 
-def rope_angles(hw, head_dims, device, dtype):
-    """Angles of the two-dimensional rotary embedding, (h * w, Dh / 2).
-
-    The first half turns with the row, the second with the column; frequencies
-    10000^-t, t in [0, 1] inclusive, rounded to float32 like the official
-    buffer; positions are plain token coordinates at every resolution.
-    """
-    h, w = hw
-    steps = torch.linspace(0, 1, head_dims // 4, device=device, dtype=torch.float32)
-    frequency = (1 / 10000**steps).to(dtype)
-    rows = torch.arange(h, device=device, dtype=dtype)[:, None] * frequency
-    columns = torch.arange(w, device=device, dtype=dtype)[:, None] * frequency
-    rows, columns = rows[:, None].expand(h, w, -1), columns[None].expand(h, w, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
-
-
-def rotate(x, sin, cos):
-    """Turn each pair of channels (2i, 2i + 1) of x (B, L, H, Dh); sin, cos (L, 1, Dh / 2)."""
-    even, odd = x[..., ::2], x[..., 1::2]
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+def depthwise(conv, x, residual=False):
+    """A depth-wise ``conv`` of a map (B, C, h, w), plus the map with ``residual``."""
+    tokens = x.permute(0, 2, 3, 1)
+    return depthwise_conv2d(tokens, conv.weight, conv.bias, residual).permute(0, 3, 1, 2)
 
 
 class ClusterAttention(nn.Module):
@@ -62,14 +52,23 @@ class ClusterAttention(nn.Module):
         self.lepe = nn.Conv2d(embed_dims, embed_dims, 5, padding=2, groups=embed_dims)
         self.out_proj = nn.Conv2d(embed_dims, embed_dims, 1)
 
-    def forward(self, x, sin, cos):
-        hw = x.shape[2:]
+    def forward(self, x, valid):
         qkv = self.qkv(x)
-        lepe = self.lepe(qkv.chunk(3, dim=1)[2])
-        q, k, v = qkv.flatten(2).transpose(1, 2).unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        q, k = rotate(q, sin, cos), rotate(k, sin, cos)
-        out = cluster_attention(q, k, v, min(self.num_clusters, q.shape[1]))
-        return self.out_proj(out.flatten(2).transpose(1, 2).unflatten(2, hw) + lepe)
+        lepe = depthwise(self.lepe, hide(qkv.chunk(3, dim=1)[2], valid))
+        tokens = qkv.permute(0, 2, 3, 1).unflatten(3, (3, self.num_heads, -1))
+        q, k, v = tokens.unbind(3)  # (B, h, w, H, Dh)
+        q, k = rotary_2d(q, k)
+        lepe = lepe.permute(0, 2, 3, 1).view(q.shape)
+        q, k, v, lepe = (t.flatten(1, 2) for t in (q, k, v, lepe))
+        out = cluster_attention(
+            q,
+            k,
+            v,
+            min(self.num_clusters, q.shape[1]),
+            None if valid is None else valid.flatten(1),
+            lepe=lepe,
+        )
+        return self.out_proj(out.flatten(2).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2))
 
 
 class FFN(nn.Module):
@@ -82,9 +81,9 @@ class FFN(nn.Module):
         self.dwconv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
         self.fc2 = nn.Conv2d(inner, embed_dims, 1)
 
-    def forward(self, x):
-        x = F.gelu(self.fc1(x))
-        return self.fc2(x + self.dwconv(x))
+    def forward(self, x, valid):
+        x = hide(F.gelu(self.fc1(x)), valid)
+        return self.fc2(depthwise(self.dwconv, x, residual=True))
 
 
 class SecViTBlock(nn.Module):
@@ -104,12 +103,13 @@ class SecViTBlock(nn.Module):
                 nn.Parameter(torch.full((1, embed_dims, 1, 1), 1e-6)) for _ in range(2)
             )
 
-    def forward(self, x, sin, cos):
-        x = x + self.pos(x)
-        attended = self.attn(self.norm1(x), sin, cos)
+    def forward(self, x, valid):
+        x = depthwise(self.pos, x, residual=True)
+        attended = self.attn(self.norm1(x), valid)
         x = x + self.drop_path(self.gamma_1 * attended if self.layer_scale else attended)
-        mixed = self.ffn(self.norm2(x))
-        return x + self.drop_path(self.gamma_2 * mixed if self.layer_scale else mixed)
+        mixed = self.ffn(self.norm2(x), valid)
+        x = x + self.drop_path(self.gamma_2 * mixed if self.layer_scale else mixed)
+        return hide(x, valid)
 
 
 class Downsample(nn.Module):
@@ -120,29 +120,9 @@ class Downsample(nn.Module):
         self.reduction = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
         self.norm = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x):
-        return self.norm(self.reduction(x))
-
-
-class Stage(nn.Module):
-    """Blocks at one resolution, and the step down to the next where there is one."""
-
-    def __init__(self, embed_dims, num_heads, num_clusters, rates, layer_scale, next_dims):
-        super().__init__()
-        self.head_dims = embed_dims // num_heads
-        self.blocks = nn.ModuleList(
-            SecViTBlock(embed_dims, num_heads, num_clusters, rate, layer_scale) for rate in rates
-        )
-        self.downsample = Downsample(embed_dims, next_dims) if next_dims else None
-
-    def forward(self, x, run):
-        """(B, C, h, w) -> the same after the blocks; ``run`` calls a block."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        angles = rope_angles(x.shape[2:], self.head_dims, x.device, dtype)[:, None]
-        sin, cos = angles.sin(), angles.cos()
-        for block in self.blocks:
-            x = run(block, x, sin, cos)
-        return x
+    def forward(self, x, valid):
+        valid = halve(valid)
+        return hide(self.norm(self.reduction(x)), valid), valid
 
 
 class Stem(nn.Module):
@@ -161,12 +141,17 @@ class Stem(nn.Module):
             layers += [nn.Conv2d(c_in, c_out, 3, stride, 1), nn.BatchNorm2d(c_out), nn.GELU()]
         self.proj = nn.Sequential(*layers[:-1])  # no activation at the end
 
-    def forward(self, image):
-        return self.proj(image)
+    def forward(self, x, valid):
+        for layer in self.proj:
+            if isinstance(layer, nn.Conv2d):
+                x = hide(x, valid)
+                valid = halve(valid) if layer.stride == (2, 2) else valid
+            x = layer(x)
+        return hide(x, valid), valid
 
 
 @MODELS.register_module()
-class SecViT(SequenceBackbone):
+class SecViT(ClusterPyramid):
     """SecViT.
 
     Args:
@@ -187,17 +172,24 @@ class SecViT(SequenceBackbone):
         frozen_stages (int): -1 nothing, 0 the stem, k the first k stages too,
             each with its downsampling.
         with_cp (bool): Recompute each block in the backward pass.
+        recompute (str): 'kernel' keeps of each block its input, its clusters
+            and what attention gave, and computes the rest again in the
+            backward pass; 'none' keeps all. Without effect with ``with_cp``.
+        mask_padding (bool): Take a fourth channel that says where an image is
+            padded, and keep the padding out of clusters and convolutions; see
+            :class:`ClusterPyramid`.
         min_matched (float): See :class:`SequenceBackbone`.
         init_cfg (dict | None): e.g. ``dict(type='Pretrained',
             checkpoint='SecViT-S.pth')``.
 
     Shape:
         (B, 3, H, W) -> (B, C, ceil(H / 4), ceil(W / 4)), then halved with
-        ceil from stage to stage. Nothing is padded.
+        ceil from stage to stage. Nothing is padded. With ``mask_padding``
+        (B, 4, H, W).
 
     Raises:
         ValueError: For unknown names and ill-sized settings, or images
-            without 3 channels.
+            without 3 channels (4).
     """
 
     arch_zoo = {
@@ -227,6 +219,7 @@ class SecViT(SequenceBackbone):
         ),
     }
     official_names = checkpoints.SECVIT
+    cls_only = ('proj', 'final_norm')
     num_features = 1024  # width of the 'cls' vector
 
     def __init__(
@@ -240,16 +233,17 @@ class SecViT(SequenceBackbone):
         drop_path_rate=0.0,
         frozen_stages=-1,
         with_cp=False,
+        recompute='none',
+        mask_padding=False,
         min_matched=0.95,
         init_cfg=None,
     ):
-        super().__init__(out_type, frozen_stages, with_cp, min_matched, init_cfg)
+        super().__init__(
+            out_type, frozen_stages, with_cp, recompute, min_matched, init_cfg, mask_padding
+        )
         self.arch = arch
-        settings = self.resolve_arch(arch, ('embed_dims', 'depths', 'num_heads', 'layer_scale'))
-        settings['num_clusters'] = num_clusters
-        for key, values in settings.items():
-            if not isinstance(values, Sequence) or len(values) != 4:
-                raise ValueError(f'{key} needs four values, one for each stage, got {values!r}')
+        keys = ('embed_dims', 'depths', 'num_heads', 'layer_scale')
+        settings = self.resolve_stages(arch, dict.fromkeys(keys, 4), num_clusters)
         self.embed_dims = tuple(settings['embed_dims'])
         self.depths = tuple(settings['depths'])
         for dims, heads in zip(self.embed_dims, settings['num_heads'], strict=True):
@@ -258,10 +252,6 @@ class SecViT(SequenceBackbone):
                     'embed_dims / num_heads must be a multiple of 4 for the rotary embedding, '
                     f'got {dims} / {heads}'
                 )
-        if min(num_clusters) < 1:
-            raise ValueError(
-                f'num_clusters must be at least 1 (1: full attention), got {tuple(num_clusters)}'
-            )
         self.norm_eval = norm_eval
         self.out_indices = self.resolve_outputs(out_indices, 4, range(4), out_norm=out_norm)
 
@@ -270,12 +260,17 @@ class SecViT(SequenceBackbone):
         last = self.out_indices[-1]
         self.stages = nn.ModuleList(
             Stage(
-                self.embed_dims[i],
-                settings['num_heads'][i],
-                num_clusters[i],
-                [next(rates) for _ in range(self.depths[i])],
-                settings['layer_scale'][i],
-                next_dims=self.embed_dims[i + 1] if i < last else None,
+                [
+                    SecViTBlock(
+                        self.embed_dims[i],
+                        settings['num_heads'][i],
+                        num_clusters[i],
+                        next(rates),
+                        settings['layer_scale'][i],
+                    )
+                    for _ in range(self.depths[i])
+                ],
+                Downsample(*self.embed_dims[i : i + 2]) if i < last else None,
             )
             for i in range(last + 1)
         )
@@ -288,41 +283,10 @@ class SecViT(SequenceBackbone):
                 nn.init.zeros_(m.bias)
         self.finish_init(out_norm, [self.embed_dims[i] for i in self.out_indices])
 
-    def parts(self):
-        return [[self.patch_embed], *([stage] for stage in self.stages)]
-
-    def train(self, mode=True):
-        super().train(mode)
-        if self.norm_eval:
-            for m in self.modules():
-                if isinstance(m, _BatchNorm):
-                    m.eval()
-        return self
-
-    def forward(self, image):
-        self.check_image(image)
-        x = self.patch_embed(image)
-        maps = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x, self.run)
-            if i in self.out_indices:
-                maps.append(x)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
-        if self.out_type == 'cls':
-            return (F.silu(self.final_norm(self.proj(x))).mean((2, 3)),)
-        return self.normalize_outputs(maps)
+    def pool(self, x, valid):
+        return mean_of_valid(F.silu(self.final_norm(self.proj(x))), valid)
 
     # ------------------------------------------------------------ checkpoints
 
     def prefer_ema(self):
         return self.arch in ('small', 'base', 'large')
-
-    def is_left_out(self, name):
-        match [int(part) if part.isdigit() else part for part in name.split('.')]:
-            case ['stages', int(stage), 'blocks', int(block), *_]:
-                return len(self.stages) <= stage < 4 and block < self.depths[stage]
-            case ['stages', int(stage), 'downsample', *_]:
-                return len(self.stages) - 1 <= stage < 3
-            case [first, *_]:
-                return self.out_type == 'featmap' and first in ('proj', 'final_norm')

@@ -8,7 +8,7 @@ from visionseq_mm.checkpoints.loading import (
     select_weights,
     weights_key,
 )
-from visionseq_mm.checkpoints.names import SECVIT, VIL, VIM
+from visionseq_mm.checkpoints.names import SECVIT, SWIN, VIL, VIM
 from visionseq_mm.checkpoints.published import (
     PUBLISHED,
     Published,
@@ -20,6 +20,7 @@ from visionseq_mm.checkpoints.published import (
 __all__ = [
     'PUBLISHED',
     'SECVIT',
+    'SWIN',
     'VIL',
     'VIM',
     'CheckpointMismatchError',

@@ -59,6 +59,15 @@ VIL = {
     ),
 }
 
+#: Swin as mmpretrain, mmdet and mmseg name it, for SEC-Swin, which has no table of position biases
+#: and no masks: clusters have neither a geometry nor a border.
+SWIN = (
+    (r'\.attn\.w_msa\.', '.attn.'),
+    (r'\.relative_position_(bias_table|index)$|\.attn_mask$', None),
+    (r'^norm3?\.', 'final_norm.'),  # without a number in old files
+    (r'^head\.(weight|bias)$', r'head.fc.\1'),
+)
+
 #: qhfan/SecViT.
 SECVIT = (
     (r'^layers\.', 'stages.'),

@@ -13,7 +13,9 @@ _COUNTED = (
     'vil_mixer',
     'mlstm',
     'sec_attention',
+    'depthwise_conv2d',
 )
+_WITHOUT_FLOPS = ('sec_partition', 'rotary_2d')  # and without a warning
 
 
 def _handle(name):
@@ -40,4 +42,5 @@ def install() -> None:
     for op in _COUNTED:
         name = f'visionseq_mm::{op}'
         table.setdefault(name, _handle(name))
-    table.setdefault('visionseq_mm::sec_partition', None)  # a sort: no FLOPs, and no warning
+    for op in _WITHOUT_FLOPS:
+        table.setdefault(f'visionseq_mm::{op}', None)

@@ -11,7 +11,7 @@ from visionseq_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """mmengine's constructor, with a rate that decays from the heads to the stem.
 
-    Of a backbone with n blocks (pairs of ViL version 2, stages of SecViT), the
+    Of a backbone with n blocks (pairs of ViL version 2, stages of pyramids), the
     k-th learns at ``layer_decay_rate ** (n + 1 - k)`` times the rate that
     mmengine gives it, the stem with its position table as k = 0; what follows
     the blocks, neck and heads learn at the full rate. This is BEiT's rule
@@ -54,7 +54,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         backbone = getattr(model, 'backbone', None)
         if not hasattr(backbone, 'parts'):
             raise ValueError(
-                f'{type(self).__name__} reads the depth of a parameter from Vim, ViL or SecViT '
+                f'{type(self).__name__} reads the depth of a parameter from one of our backbones '
                 f'as the backbone of the model, got {type(backbone).__name__}'
             )
         parts = backbone.parts()

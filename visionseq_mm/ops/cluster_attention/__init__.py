@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from visionseq_mm.ops.common import check_inputs
+from visionseq_mm.ops.common import check_dtypes, check_inputs, widest_dtype
 from visionseq_mm.ops.dispatch import Backends
 
-BACKENDS = Backends('cluster_attention', __name__, 'reference')
+BACKENDS = Backends('cluster_attention', __name__, 'triton', 'cpu', 'reference')
+HEAD_DIMS, CLUSTERS = 128, 64  # at most, of Triton's kernels
 
 
 def cluster_attention(
@@ -20,38 +21,43 @@ def cluster_attention(
     num_clusters: int,
     valid: Tensor | None = None,
     backend: str | None = None,
+    lepe: Tensor | None = None,
 ) -> Tensor:
     """Attention of every token to the tokens of its cluster: `sec_partition`, `sec_attention`.
 
     Args:
         q, k: (B, L, H, Dh), after rotary embedding, not scaled.
         v: (B, L, H, Dh).
-        num_clusters: K, at most L.
+        num_clusters: K, at most L; on a GPU at most 64, and Dh at most 128, beyond which 'auto'
+            is the reference.
         valid: (B, L) bool; false tokens count in no mean, cluster or key, and their output
             and gradients are 0. None means all true.
         backend: 'auto' or the name of an implementation; None is the environment's
             `VISIONSEQ_BACKEND`, else 'auto'.
+        lepe: (B, L, H, Dh), added to the output of valid tokens; SecViT's convolution of v.
 
     Returns:
-        (B, L, H, Dh), in v's dtype.
+        (B, L, H, Dh), in the dtype of the inputs.
 
     Raises:
         ValueError: shapes that do not fit, an empty sequence, a dtype that is not floating
-            point, inputs on several devices, more clusters than tokens, an unknown backend.
+            point or differs, inputs on several devices, more clusters than tokens, an unknown or
+            unsuitable backend.
     """
     idx = sec_partition(k, num_clusters, valid, backend)
-    return sec_attention(q, k, v, idx, num_clusters, valid, backend)
+    return sec_attention(q, k, v, idx, num_clusters, valid, backend, lepe)
 
 
 def sec_partition(
     k: Tensor, num_clusters: int, valid: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """Orders the tokens of each head by their cosine with the mean key (semantic equitable
-    clustering, arXiv 2405.13337).
+    """Orders the tokens of each head by the cluster they belong to, which is by their cosine with
+    the mean key (semantic equitable clustering, arXiv 2405.13337).
 
-    Cluster c of the n valid tokens is made of the places c·n//K to (c+1)·n//K of the order. The
-    cosine is float32, or k's dtype where that is wider; it has no gradient. Order is ascending,
-    equal cosines by token index, invalid tokens last.
+    Cluster c of the n valid tokens is made of the places c·n//K to (c+1)·n//K in the ascending
+    order of the cosines, equal ones by token index; invalid tokens come last. The order inside a
+    cluster is up to the backend, and always the same. The cosine is float32, or k's dtype where
+    that is wider, of a mean that is summed in float64; it has no gradient.
 
     Args:
         k: (B, L, H, Dh), after rotary embedding; its scale does not matter.
@@ -64,7 +70,7 @@ def sec_partition(
         ValueError: see `cluster_attention`.
     """
     _check('sec_partition', num_clusters, valid, k=(k, 'B L H Dh'))
-    return _partition(k.detach(), num_clusters, valid, BACKENDS.select(backend, k))
+    return _partition(k.detach(), num_clusters, valid, _select(backend, k, num_clusters))
 
 
 def sec_attention(
@@ -75,34 +81,35 @@ def sec_attention(
     num_clusters: int,
     valid: Tensor | None = None,
     backend: str | None = None,
+    lepe: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ / √Dh) v inside each cluster of an order that `sec_partition` gave.
+    """softmax(q kᵀ / √Dh) v + lepe inside each cluster of an order that `sec_partition` gave.
 
     Args:
         idx: (B, H, L) int32, each row a permutation of the tokens, invalid ones last.
-        q, k, v, num_clusters, valid, backend: see `cluster_attention`.
+        q, k, v, num_clusters, valid, backend, lepe: see `cluster_attention`.
 
     Returns:
-        (B, L, H, Dh), in v's dtype.
+        (B, L, H, Dh), in the dtype of the inputs.
 
     Raises:
         ValueError: see `cluster_attention`; an order of another shape, dtype or device.
     """
-    sizes = _check(
-        'sec_attention',
-        num_clusters,
-        valid,
-        q=(q, 'B L H Dh'),
-        k=(k, 'B L H Dh'),
-        v=(v, 'B L H Dh'),
-    )
+    op, letters = 'sec_attention', 'B L H Dh'
+    inputs = dict(q=q, k=k, v=v, lepe=lepe)
+    sizes = _check(op, num_clusters, valid, **{n: (x, letters) for n, x in inputs.items()})
+    check_dtypes(op, inputs, {})
     shape = (sizes['B'], sizes['H'], sizes['L'])
     if idx.shape != shape or idx.dtype != torch.int32 or idx.device != q.device:
         raise ValueError(
-            f'sec_attention: idx must be (B, H, L) = {shape}, int32, on {q.device}, '
+            f'{op}: idx must be (B, H, L) = {shape}, int32, on {q.device}, '
             f'got {tuple(idx.shape)}, {idx.dtype}, on {idx.device}'
         )
-    return _forward(q, k, v, idx, num_clusters, valid, BACKENDS.select(backend, k))
+    trains = any(x is not None and x.requires_grad for x in inputs.values())
+    # A trace of torch.jit would hold the choice for ever, and checks itself without gradients.
+    keep = trains and torch.is_grad_enabled() and not torch.jit.is_tracing()
+    backend = _select(backend, q, num_clusters)
+    return _forward(q, k, v, idx, num_clusters, valid, lepe, keep, backend)[0]
 
 
 def _check(op: str, num_clusters: int, valid: Tensor | None, **inputs) -> dict[str, int]:
@@ -122,10 +129,19 @@ def _check(op: str, num_clusters: int, valid: Tensor | None, **inputs) -> dict[s
     return sizes
 
 
+def _select(backend: str | None, x: Tensor, num_clusters: int) -> str:
+    obstacle = None
+    if num_clusters > CLUSTERS:
+        obstacle = f'has at most {CLUSTERS} clusters, got {num_clusters}'
+    if x.shape[3] > HEAD_DIMS:
+        obstacle = f'has heads of at most {HEAD_DIMS} channels, got Dh = {x.shape[3]}'
+    return BACKENDS.select(backend, x, triton=obstacle)
+
+
 @torch.library.custom_op('visionseq_mm::sec_partition', mutates_args=())
 def _partition(k: Tensor, num_clusters: int, valid: Tensor | None, backend: str) -> Tensor:
     with torch.autocast(k.device.type, enabled=False):
-        return BACKENDS[backend].partition(k, num_clusters, valid).contiguous()
+        return BACKENDS[backend].partition(k, num_clusters, valid)
 
 
 @_partition.register_fake
@@ -134,52 +150,71 @@ def _(k, num_clusters, valid, backend):
     return k.new_empty((B, H, L), dtype=torch.int32)
 
 
-@torch.library.custom_op('visionseq_mm::sec_attention', mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    idx: Tensor,
-    num_clusters: int,
-    valid: Tensor | None,
-    backend: str,
-) -> Tensor:
+@torch.library.custom_op(
+    'visionseq_mm::sec_attention',
+    mutates_args=(),
+    schema=(
+        '(Tensor q, Tensor k, Tensor v, Tensor idx, int num_clusters, Tensor? valid, '
+        'Tensor? lepe, bool keep, str backend) -> Tensor[]'
+    ),
+)
+def _forward(q, k, v, idx, num_clusters, valid, lepe, keep, backend):
+    """The output and, to keep for the backward, the logarithms of the softmax's sums (B, H, L) by
+    token and, where it is not the output, what was attended to."""
     with torch.autocast(q.device.type, enabled=False):
-        return BACKENDS[backend].forward(q, k, v, idx, num_clusters, valid)
+        out, attended, sums = BACKENDS[backend].forward(
+            q, k, v, idx, num_clusters, valid, lepe, keep
+        )
+    if not keep:
+        return [out]
+    return [out, sums] if lepe is None else [out, sums, attended]
 
 
 @_forward.register_fake
-def _(q, k, v, idx, num_clusters, valid, backend):
-    return v.new_empty(v.shape)
+def _(q, k, v, idx, num_clusters, valid, lepe, keep, backend):
+    out = [q.new_empty(q.shape)]
+    if keep:
+        out.append(q.new_empty(idx.shape, dtype=widest_dtype(q)))
+    if keep and lepe is not None:
+        out.append(q.new_empty(q.shape))
+    return out
 
 
 @torch.library.custom_op(
     'visionseq_mm::sec_attention_backward',
     mutates_args=(),
     schema=(
-        '(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor idx, int num_clusters, '
-        'Tensor? valid, str backend) -> Tensor[]'
+        '(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor idx, Tensor attended, Tensor sums, '
+        'int num_clusters, Tensor? valid, str backend) -> Tensor[]'
     ),
 )
-def _backward(dout, q, k, v, idx, num_clusters, valid, backend):
+def _backward(dout, q, k, v, idx, attended, sums, num_clusters, valid, backend):
     with torch.autocast(q.device.type, enabled=False):
-        return BACKENDS[backend].backward(dout, q, k, v, idx, num_clusters, valid)
+        return BACKENDS[backend].backward(dout, q, k, v, idx, attended, sums, num_clusters, valid)
 
 
 @_backward.register_fake
-def _(dout, q, k, v, idx, num_clusters, valid, backend):
+def _(dout, q, k, v, *args):
     return [x.new_empty(x.shape) for x in (q, k, v)]
 
 
 def _save(ctx, inputs, output):
-    q, k, v, idx, ctx.num_clusters, valid, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, idx, valid)
+    q, k, v, idx, ctx.num_clusters, valid, lepe, ctx.keep, ctx.backend = inputs
+    ctx.has_lepe = lepe is not None
+    kept = [output[2] if ctx.has_lepe else output[0], output[1]] if ctx.keep else []
+    ctx.save_for_backward(q, k, v, idx, valid, *kept)
 
 
-def _differentiate(ctx, dout):
-    q, k, v, idx, valid = ctx.saved_tensors
-    grads = _backward(dout, q, k, v, idx, ctx.num_clusters, valid, ctx.backend)
-    return (*grads, None, None, None, None)
+def _differentiate(ctx, grads):
+    q, k, v, idx, valid, *kept = ctx.saved_tensors  # once: recomputation hands them out once
+    dout = grads[0]
+    if not kept:  # a graph that was made without gradients
+        kept = _forward(q, k, v, idx, ctx.num_clusters, valid, None, True, ctx.backend)
+    dq, dk, dv = _backward(dout, q, k, v, idx, *kept, ctx.num_clusters, valid, ctx.backend)
+    dlepe = None
+    if ctx.has_lepe:
+        dlepe = dout if valid is None else dout.masked_fill(~valid[:, :, None, None], 0)
+    return dq, dk, dv, None, None, None, dlepe, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -199,6 +234,6 @@ def attention_flops(q, k, v, idx, num_clusters, *args, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.visionseq_mm.sec_attention_backward)
-def _backward_flops(dout, *inputs, **kwargs):
+def _backward_flops(dout, q, k, v, idx, attended, sums, num_clusters, *args, **kwargs):
     """Four products for the two of the forward pass, and q kᵀ a second time."""
-    return attention_flops(*inputs) * 5 // 2
+    return attention_flops(q, k, v, idx, num_clusters) * 5 // 2
