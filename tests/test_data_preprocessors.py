@@ -244,7 +244,6 @@ def test_detector_trains():
 
 
 def test_preprocessor_and_backbone_belong_together():
-    assert MODELS.get('visionseq_mm.DetDataPreprocessor') is not None
     batch = build_det()(dict(inputs=pictures()))['inputs']
     with pytest.raises(ValueError, match=r'\(B, 3, H, W\)'):
         MODELS.build(dict(type='visionseq_mm.Vim', arch='tiny'))(batch)

@@ -97,10 +97,10 @@ def misses_with_clusters_of_float64(golden, monkeypatch):
     """
     orders = {torch.float64: [], torch.float32: []}
 
-    def record(q, k, v, num_clusters):
+    def record(q, k, v, num_clusters, valid, lepe):
         order = ops.sec_partition(k, num_clusters)
         orders[k.dtype].append((order, num_clusters))
-        return ops.sec_attention(q, k, v, order, num_clusters)
+        return ops.sec_attention(q, k, v, order, num_clusters, valid, lepe=lepe)
 
     monkeypatch.setattr(secvit, 'cluster_attention', record)
     for dtype in orders:
@@ -112,8 +112,9 @@ def misses_with_clusters_of_float64(golden, monkeypatch):
 
     replayed = iter(wide * 2)  # for the logits and for the features
 
-    def replay(q, k, v, num_clusters):
-        return ops.sec_attention(q, k, v, next(replayed)[0], num_clusters)
+    def replay(q, k, v, num_clusters, valid, lepe):
+        order = next(replayed)[0]
+        return ops.sec_attention(q, k, v, order, num_clusters, valid, lepe=lepe)
 
     monkeypatch.setattr(secvit, 'cluster_attention', replay)
     return misses(golden, torch.float32)

@@ -22,18 +22,22 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
 
 from visionseq_mm.analysis.cluster_maps import cluster_maps
+from visionseq_mm.backbones import SECFasterViT, SECSwin, SecViT
 from visionseq_mm.backbones.base import ClusterPyramid
 from visionseq_mm.checkpoints import select_weights
 from visionseq_mm.registry import MODELS
 
 IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
 NAMES = {
-    f'{name}-{arch}'.lower(): dict(type=f'visionseq_mm.{name}', arch=arch)
-    for name, cls in MODELS.module_dict.items()
-    if isinstance(cls, type) and issubclass(cls, ClusterPyramid)
+    f'{name}-{arch}': dict(type=f'visionseq_mm.{cls.__name__}', arch=arch)
+    for name, cls in {
+        'secvit': SecViT,
+        'sec-swin': SECSwin,
+        'sec-fastervit': SECFasterViT,
+    }.items()
     for arch in cls.arch_zoo
 }
-SUFFIXES = '.png', '.jpg', '.pdf'
+SUFFIXES = '.png', '.jpg', '.jpeg', '.pdf'
 DPI, LINE, GAP = 100, 18, 6  # of the drawing, in pixels
 # Without its ends, which are both dark.
 COLOURS = ListedColormap(matplotlib.colormaps['turbo'](np.linspace(0.1, 0.9, 256)))
@@ -171,7 +175,7 @@ def main(arguments=None):
         parser.error(f'--alpha must lie between 0 and 1, got {args.alpha}')
     if args.cell < 1:
         parser.error(f'--cell must be positive, got {args.cell}')
-    if args.out.suffix not in SUFFIXES:
+    if args.out.suffix.lower() not in SUFFIXES:
         parser.error(f'--out must end in {", ".join(SUFFIXES)}, got {args.out}')
 
     pictures = [read_picture(path, args.size) for path in args.pictures]

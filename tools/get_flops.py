@@ -35,7 +35,10 @@ def count_flops(config, shape, cfg_options=None):
     )
     # mmdet's two-stage detectors need the picture's size beside the picture.
     model.forward = partial(model.forward, data_samples=[sample], mode='tensor')
-    analyzer = FlopAnalyzer(model, torch.randn(1, 3, *shape))
+    picture = torch.randn(1, 3, *shape)
+    if cfg.model.get('backbone', {}).get('mask_padding'):
+        picture = torch.cat([picture, torch.ones(1, 1, *shape)], dim=1)
+    analyzer = FlopAnalyzer(model, picture)
     counts = analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_module()
     return {name: counts[name] for name in ('', *dict(model.named_children())) if counts[name]}
 

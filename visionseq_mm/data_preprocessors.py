@@ -16,7 +16,8 @@ from visionseq_mm.registry import MODELS, register_absent
 class MarkedPadding:
     """Before a data preprocessor: its images have a fourth channel, 1 where they are valid.
 
-    Images are what the pipeline gives; what ``Pad`` adds there is part of them.
+    Images are what the pipeline gives; what ``Pad`` adds there is part of them. After batch
+    augments they have their samples' ``img_shape``.
 
     Shape:
         (B, 4, H, W), normalised and padded as by the data preprocessor.

@@ -11,6 +11,7 @@ model = dict(
         arch='tiny',
         out_norm=dict(type='BN'),
         drop_path_rate=0.2,
+        recompute='kernel',
     ),
     neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=256, num_outs=5),
 )
@@ -18,3 +19,4 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000),
     dict(type='MultiStepLR', by_epoch=True, milestones=[8, 11], gamma=0.1),
 ]
+sync_bn = 'torch'  # two or four images per GPU are few for batch statistics

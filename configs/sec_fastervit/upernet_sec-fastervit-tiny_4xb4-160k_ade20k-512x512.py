@@ -17,3 +17,4 @@ model = dict(
     decode_head=dict(in_channels=dims, channels=512),
     auxiliary_head=dict(in_channels=dims[2]),
 )
+sync_bn = 'torch'  # two or four images per GPU are few for batch statistics

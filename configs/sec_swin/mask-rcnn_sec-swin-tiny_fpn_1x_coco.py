@@ -11,6 +11,7 @@ model = dict(
         arch='tiny',
         out_norm=dict(type='visionseq_mm.LN2d', eps=1e-5),
         drop_path_rate=0.2,
+        recompute='kernel',
     ),
     neck=dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=256, num_outs=5),
 )

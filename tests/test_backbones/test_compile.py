@@ -91,6 +91,19 @@ def test_secvit_that_keeps_attention():
     assert_same_training_step(model, compiled(model), image(48, 80))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['secvit', 'sec-fastervit'])
+def test_export_of_any_size_with_padding_marked(name):
+    model, x = small(name, mask_padding=True), torch.ones(1, 4, 72, 100)
+    x[:, :, 60:] = 0
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(model, (x,), dynamic_shapes=({2: auto, 3: auto},))
+    for size in ((96, 64), (90, 64), (37, 101)):
+        other = torch.randn(1, 4, *size)
+        other[:, :, 30:, 3:] = 0
+        torch.testing.assert_close(program.module()(other), model(other), **TOLERANCE)
+
+
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_vim_with_the_cpu_backend(with_cp, monkeypatch):
     pytest.importorskip('numba')

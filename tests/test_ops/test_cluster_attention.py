@@ -184,9 +184,21 @@ def test_bad_arguments():
         for K in (0, 8):
             with pytest.raises(ValueError, match=f'between 1 and the 7 tokens, got {K}'):
                 op(K)
+        for K in (2.0, '2', None, True):
+            with pytest.raises(ValueError, match=f'num_clusters must be an integer, got {K!r}'):
+                op(K)
     for valid in (torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 7)):
         with pytest.raises(ValueError, match=r'valid must be \(B, L\) = \(2, 7\), bool'):
             cluster_attention(q, k, v, 2, valid)
     for bad in (idx.long(), idx[:1], idx.mT):
         with pytest.raises(ValueError, match=r'idx must be \(B, H, L\) = \(2, 3, 7\), int32'):
             sec_attention(q, k, v, bad, 2)
+
+
+@pytest.mark.parametrize('number', [-1, 7, 10**9])
+def test_order_of_numbers_that_are_no_tokens(number):
+    q, k, v, _ = cluster_inputs(7)
+    idx = sec_partition(k, 2)
+    idx[1, 2, 3] = number
+    with pytest.raises(ValueError, match=rf'tokens from 0 to 6, got numbers from .*{number}'):
+        sec_attention(q, k, v, idx, 2)

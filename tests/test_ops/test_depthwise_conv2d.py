@@ -103,6 +103,8 @@ def test_bad_arguments(backend):
     x, weight, bias = conv_inputs(1, 2, 3, 4, 3)
     with pytest.raises(ValueError, match='odd K, got shape'):
         depthwise_conv2d(x, weight[:, :, :2, :2], bias, backend=backend)
+    with pytest.raises(ValueError, match='bias must be a tensor, got None'):
+        depthwise_conv2d(x, weight, None, backend=backend)
     with pytest.raises(ValueError, match='odd K, got shape'):
         depthwise_conv2d(x, weight.expand(4, 2, 3, 3), bias, backend=backend)
     with pytest.raises(ValueError, match='weight must be'):

@@ -45,10 +45,11 @@ def size(heights, columns, cell):
     return sum(heights) + (len(heights) + 3) * LINE, columns * (cell + GAP)
 
 
+@pytest.mark.slow
 def test_as_a_process(picture, tmp_path):
     out = tmp_path / 'new' / 'maps.png'
     done = subprocess.run(
-        [sys.executable, TOOL, 'secswin-tiny', picture, '--stages', '1', '--out', out],
+        [sys.executable, TOOL, 'sec-swin-tiny', picture, '--stages', '1', '--out', out],
         env={**os.environ, 'VISIONSEQ_BACKEND': 'reference'},
         capture_output=True,
         text=True,
@@ -144,7 +145,10 @@ def test_refusals(script, picture, tmp_path, capsys, monkeypatch):
         ((CONFIG, picture, '--size', '3', '8', '8'), 'two positive numbers, got [3, 8, 8]'),
         ((CONFIG, picture, '--alpha', '70'), '--alpha must lie between 0 and 1, got 70.0'),
         ((CONFIG, picture, '--cell', '0'), '--cell must be positive, got 0'),
-        ((CONFIG, picture, '--out', 'maps'), '--out must end in .png, .jpg, .pdf, got maps'),
+        (
+            (CONFIG, picture, '--out', 'maps'),
+            '--out must end in .png, .jpg, .jpeg, .pdf, got maps',
+        ),
     ):
         assert expected in refusal(script, capsys, *arguments)
     assert not (tmp_path / 'cluster_maps.png').exists()

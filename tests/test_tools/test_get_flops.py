@@ -42,6 +42,18 @@ def test_counts_a_configs_model(name, parts, script, capsys):
     assert found['backbone'] == round(alone['flops'] / 1e9, 3)
 
 
+def test_padding_marked(script, capsys):
+    """The fourth channel costs the backbone nothing; proposals are those of random weights."""
+    config = str(ROOT / 'configs' / 'nano' / 'mask-rcnn_secvit-nano_1xb8-300_shapes-128x128.py')
+    counts = []
+    for marked in (False, True):
+        options = f'model.backbone.mask_padding={marked}'
+        script['main']([config, '--shape', '64', '--cfg-options', options])
+        lines = capsys.readouterr().out.splitlines()
+        counts.append([line for line in lines if line.strip().startswith('backbone')])
+    assert counts[0] == counts[1] != []
+
+
 def test_shape_of_three(script):
     with pytest.raises(SystemExit):
         script['main'](['config.py', '--shape', '3', '64', '64'])

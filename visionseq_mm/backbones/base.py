@@ -330,7 +330,7 @@ def halve(valid):
     A place is valid if its first pixel is, so that images padded right and bottom have as many
     valid rows and columns as without padding.
     """
-    return None if valid is None else valid[:, ::2, ::2]
+    return None if valid is None else valid[:, ::2, ::2].contiguous()
 
 
 def _keep_attention(ctx, op, *args, **kwargs):
@@ -370,7 +370,8 @@ class ClusterPyramid(SequenceBackbone):
     With ``mask_padding`` images have a fourth channel, which says where they are not padding
     (not 0): what ``visionseq_mm.DetDataPreprocessor`` and ``SegDataPreProcessor`` append. Padding
     then counts in no cluster and is 0 in every map, as what lies outside of an image is for a
-    convolution, so that the features of an image do not depend on how far it was padded.
+    convolution, so that the features of an image do not depend on how far it was padded. Batch
+    norms in training are the exception: their statistics are those of the whole batch.
     """
 
     #: Parts that only ``out_type='cls'`` builds.
@@ -384,9 +385,9 @@ class ClusterPyramid(SequenceBackbone):
         frozen_stages,
         with_cp,
         recompute,
+        mask_padding,
         min_matched,
         init_cfg,
-        mask_padding=False,
     ):
         super().__init__(out_type, frozen_stages, with_cp, min_matched, init_cfg)
         self.recompute = self.recomputes_in_kernel(recompute)
@@ -415,6 +416,23 @@ class ClusterPyramid(SequenceBackbone):
             )
         return settings
 
+    def build_stages(self, block, downsample, drop_path_rate):
+        """The stages up to that of the last output.
+
+        Args:
+            block (Callable): From the index of a stage and a rate of stochastic depth.
+            downsample (Callable): From the channels of a stage and those of the next.
+        """
+        dims, last = self.embed_dims, self.out_indices[-1]
+        rates = iter(linear_ramp(drop_path_rate, sum(self.depths)))
+        return nn.ModuleList(
+            Stage(
+                [block(i, next(rates)) for _ in range(self.depths[i])],
+                downsample(dims[i], dims[i + 1]) if i < last else None,
+            )
+            for i in range(last + 1)
+        )
+
     def parts(self):
         return [[self.patch_embed], *([stage] for stage in self.stages)]
 
@@ -440,8 +458,8 @@ class ClusterPyramid(SequenceBackbone):
         if image.ndim == 4 and bool(image.shape[1] == 4) != self.mask_padding:
             raise ValueError(
                 f'expected images of shape (B, {4 if self.mask_padding else 3}, H, W) with '
-                f'mask_padding={self.mask_padding}, got {tuple(image.shape)}; the fourth channel, '
-                'which says what is padding, is that of the data preprocessors '
+                f'mask_padding={self.mask_padding}, got {tuple(map(int, image.shape))}; the '
+                'fourth channel, which says what is padding, is that of the data preprocessors '
                 'visionseq_mm.DetDataPreprocessor and visionseq_mm.SegDataPreProcessor'
             )
         if self.mask_padding and image.ndim == 4:

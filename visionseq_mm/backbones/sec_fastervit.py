@@ -22,10 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from visionseq_mm.backbones.base import (
     ClusterPyramid,
-    Stage,
     halve,
     hide,
-    linear_ramp,
     mean_of_valid,
 )
 from visionseq_mm.backbones.sec_swin import ClusterBlock, init_linears
@@ -47,17 +45,6 @@ class ConvBlock(nn.Module):
     def forward(self, x, valid):
         inner = hide(F.gelu(self.norm1(self.conv1(x))), valid)
         return hide(x + self.drop_path(self.norm2(self.conv2(inner))), valid)
-
-
-@contextmanager
-def buffers_restored(module):
-    """Undoes at its end what happened to the buffers of ``module``, such as running statistics."""
-    before = [buffer.clone() for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(module.buffers(), before, strict=True):
-            buffer.copy_(value)
 
 
 class Stem(nn.Module):
@@ -89,6 +76,17 @@ class Downsample(nn.Module):
         x = hide(self.norm(x), valid)
         valid = halve(valid)
         return hide(self.reduction(x), valid), valid
+
+
+@contextmanager
+def buffers_restored(module):
+    """Undoes at its end what happened to the buffers of ``module``, such as running statistics."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(module.buffers(), before, strict=True):
+            buffer.copy_(value)
 
 
 @MODELS.register_module()
@@ -160,7 +158,7 @@ class SECFasterViT(ClusterPyramid):
         init_cfg=None,
     ):
         super().__init__(
-            out_type, frozen_stages, with_cp, recompute, min_matched, init_cfg, mask_padding
+            out_type, frozen_stages, with_cp, recompute, mask_padding, min_matched, init_cfg
         )
         self.arch = arch
         counts = dict(stem_dims=None, embed_dims=4, depths=4, num_heads=2)
@@ -176,15 +174,7 @@ class SECFasterViT(ClusterPyramid):
             return ClusterBlock(dims[i], settings['num_heads'][i - 2], num_clusters[i - 2], rate)
 
         self.patch_embed = Stem(settings['stem_dims'], dims[0])
-        rates = iter(linear_ramp(drop_path_rate, sum(self.depths)))
-        last = self.out_indices[-1]
-        self.stages = nn.ModuleList(
-            Stage(
-                [block(i, next(rates)) for _ in range(self.depths[i])],
-                Downsample(dims[i], dims[i + 1]) if i < last else None,
-            )
-            for i in range(last + 1)
-        )
+        self.stages = self.build_stages(block, Downsample, drop_path_rate)
         if out_type == 'cls':
             self.num_features = dims[3]
             self.final_norm = nn.BatchNorm2d(dims[3])

@@ -16,10 +16,8 @@ from torch import nn
 from visionseq_mm import checkpoints
 from visionseq_mm.backbones.base import (
     ClusterPyramid,
-    Stage,
     halve,
     hide,
-    linear_ramp,
     mean_of_valid,
 )
 from visionseq_mm.layers import LN2d
@@ -168,7 +166,7 @@ class SECSwin(ClusterPyramid):
         init_cfg=None,
     ):
         super().__init__(
-            out_type, frozen_stages, with_cp, recompute, min_matched, init_cfg, mask_padding
+            out_type, frozen_stages, with_cp, recompute, mask_padding, min_matched, init_cfg
         )
         self.arch = arch
         counts = dict(embed_dims=4, depths=4, num_heads=4)
@@ -178,18 +176,11 @@ class SECSwin(ClusterPyramid):
         self.out_indices = self.resolve_outputs(out_indices, 4, range(4), out_norm=out_norm)
 
         self.patch_embed = PatchEmbed(dims[0])
-        rates = iter(linear_ramp(drop_path_rate, sum(self.depths)))
-        last = self.out_indices[-1]
-        self.stages = nn.ModuleList(
-            Stage(
-                [
-                    ClusterBlock(dims[i], settings['num_heads'][i], num_clusters[i], next(rates))
-                    for _ in range(self.depths[i])
-                ],
-                PatchMerging(dims[i], dims[i + 1]) if i < last else None,
-            )
-            for i in range(last + 1)
-        )
+
+        def block(i, rate):
+            return ClusterBlock(dims[i], settings['num_heads'][i], num_clusters[i], rate)
+
+        self.stages = self.build_stages(block, PatchMerging, drop_path_rate)
         if out_type == 'cls':
             self.num_features = dims[3]
             self.final_norm = LN2d(dims[3], eps=1e-5)

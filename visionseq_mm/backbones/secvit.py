@@ -21,10 +21,8 @@ from torch import nn
 from visionseq_mm import checkpoints
 from visionseq_mm.backbones.base import (
     ClusterPyramid,
-    Stage,
     halve,
     hide,
-    linear_ramp,
     mean_of_valid,
 )
 from visionseq_mm.layers import LN2d
@@ -239,7 +237,7 @@ class SecViT(ClusterPyramid):
         init_cfg=None,
     ):
         super().__init__(
-            out_type, frozen_stages, with_cp, recompute, min_matched, init_cfg, mask_padding
+            out_type, frozen_stages, with_cp, recompute, mask_padding, min_matched, init_cfg
         )
         self.arch = arch
         keys = ('embed_dims', 'depths', 'num_heads', 'layer_scale')
@@ -256,24 +254,17 @@ class SecViT(ClusterPyramid):
         self.out_indices = self.resolve_outputs(out_indices, 4, range(4), out_norm=out_norm)
 
         self.patch_embed = Stem(self.embed_dims[0])
-        rates = iter(linear_ramp(drop_path_rate, sum(self.depths)))
-        last = self.out_indices[-1]
-        self.stages = nn.ModuleList(
-            Stage(
-                [
-                    SecViTBlock(
-                        self.embed_dims[i],
-                        settings['num_heads'][i],
-                        num_clusters[i],
-                        next(rates),
-                        settings['layer_scale'][i],
-                    )
-                    for _ in range(self.depths[i])
-                ],
-                Downsample(*self.embed_dims[i : i + 2]) if i < last else None,
+
+        def block(i, rate):
+            return SecViTBlock(
+                self.embed_dims[i],
+                settings['num_heads'][i],
+                num_clusters[i],
+                rate,
+                settings['layer_scale'][i],
             )
-            for i in range(last + 1)
-        )
+
+        self.stages = self.build_stages(block, Downsample, drop_path_rate)
         if out_type == 'cls':
             self.proj = nn.Conv2d(self.embed_dims[3], self.num_features, 1)
             self.final_norm = nn.BatchNorm2d(self.num_features)

@@ -58,12 +58,12 @@ def inputs_of(B, L, H, Dh, lepe=True, dtype=torch.float32):
         (2, 7, 2, 6, 2, True, {}),
         (1, 64, 1, 16, 1, False, {}),
         (1, 65, 1, 32, 1, True, {}),
-        (2, 75, 1, 32, 2, True, dict(parts=1)),
+        (1, 75, 1, 32, 2, True, dict(parts=1)),
         (1, 101, 1, 40, 3, True, dict(rows=32, columns=16)),
         (1, 70, 1, 64, 2, False, {}),
         (1, 33, 1, 128, 1, True, {}),
         (1, 129, 1, 17, 2, False, dict(parts=3)),
-        (1, 25, 1, 1, 12, True, {}),
+        (1, 9, 1, 1, 4, True, {}),
     ],
 )
 def test_sizes(B, L, H, Dh, K, lepe, sizes, small):
@@ -71,7 +71,7 @@ def test_sizes(B, L, H, Dh, K, lepe, sizes, small):
     check(inputs_of(B, L, H, Dh, lepe), K)
 
 
-@pytest.mark.parametrize('L, K', [(70, 1), (70, 3), (24, 16)])
+@pytest.mark.parametrize('L, K', [(70, 1), (70, 3), (23, 6)])
 def test_invalid_tokens(L, K):
     """In samples of all, many, four and no valid tokens; NaN in the others."""
     valid = torch.rand(4, L, generator=torch.Generator().manual_seed(0)) < 0.7
@@ -81,7 +81,7 @@ def test_invalid_tokens(L, K):
 
 
 def test_float16():
-    check(inputs_of(1, 130, 1, 32, dtype=torch.float16), 2, ratio=2e-3, gradients=4e-3)
+    check(inputs_of(1, 70, 1, 32, dtype=torch.float16), 1, ratio=2e-3, gradients=4e-3)
 
 
 def test_scores_far_from_zero():
@@ -100,8 +100,9 @@ def test_scores_far_from_zero():
 
 
 @pytest.mark.parametrize('dout', ['expanded', 'transposed'])
-def test_views_equal_copies(dout):
+def test_views_equal_copies(dout, small):
     """A third of a wider tensor, transposed heads, a last dimension that is not dense."""
+    small(parts=1, rows=32)
     B, L, H, Dh = 2, 19, 2, 16
     q, k, v, lepe = inputs_of(B, L, H, Dh)
     third = torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], -1)[..., 2 * H * Dh :]
@@ -138,11 +139,26 @@ def test_same_bits():
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize('first', [True, False])
+def test_infinite_scores(first):
+    """Products below all float32 are no weights, a tile of them at either end included."""
+    q, k, v = inputs_of(1, 80, 1, 16, lepe=False)
+    low = slice(0, 32) if first else slice(32, 80)
+    q[..., 0], k[..., 0] = 1e20, 0
+    k[:, low, :, 0] = -1e20
+    idx = torch.arange(80, dtype=torch.int32).expand(1, 1, 80).contiguous()
+    expected = run(attend(idx, 1, backend='reference'), [x.double() for x in (q, k, v)])
+    assert (expected[3][:, low] == 0).all()
+    assert_close(run(attend(idx, 1), [q, k, v]), expected, RATIO)
+
+
 def test_nan_stays_in_its_cluster():
-    q, k, v = inputs_of(1, 60, 2, 16, lepe=False)
+    inputs = inputs_of(1, 60, 2, 16)
+    k = inputs[1]
     idx = reference.partition(k, 3, None)
     tokens = idx[0, 1, 20:40].long()
     k[0, tokens[5], 1] = torch.nan
-    spoilt = kernels.forward(q, k, v, idx, 3, None, None, False)[0].isnan().any(-1)[0]
-    assert spoilt[tokens, 1].all()
-    assert spoilt.sum() == len(tokens)
+    for name, x in zip(('out', 'dq', 'dk', 'dv'), run(attend(idx, 3), inputs), strict=False):
+        spoilt = x.isnan().any(-1)[0]
+        assert spoilt[tokens, 1].all(), name
+        assert spoilt.sum() == len(tokens), name

@@ -1,12 +1,14 @@
 """Rotary embedding and depth-wise convolution in Triton, against plain PyTorch in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from ops_twins import assert_close, normal
+from ops_twins import run as with_gradients
 
-from visionseq_mm.ops.depthwise_conv2d import reference as conv_reference
+from visionseq_mm.ops import depthwise_conv2d, rotary_2d
 from visionseq_mm.ops.depthwise_conv2d import triton as conv
-from visionseq_mm.ops.rotary_2d import reference as rotary_reference
 from visionseq_mm.ops.rotary_2d import triton as rotary
 
 RATIO = {torch.float32: 1e-6, torch.float16: 1e-3}
@@ -21,17 +23,21 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(conv, name, value)
 
 
+def turned(q, k, backend):
+    return torch.stack(rotary_2d(q, k, backend))
+
+
 @pytest.mark.parametrize('dtype', RATIO)
-@pytest.mark.parametrize('inverse', [False, True])
 @pytest.mark.parametrize(
     'B, h, w, H, Dh', [(1, 1, 1, 1, 4), (2, 3, 5, 1, 16), (1, 5, 3, 3, 12), (1, 7, 2, 2, 64)]
 )
-def test_rotary(B, h, w, H, Dh, inverse, dtype):
-    """Views of thirds."""
+def test_rotary(B, h, w, H, Dh, dtype):
+    """Views of thirds, and the other way round with gradients."""
     q, k, _ = normal((B, h, w, 3, H, Dh))[0].to(dtype).unbind(3)
-    actual = rotary.rotate(q, k, inverse)
+    actual = with_gradients(partial(turned, backend='triton'), [q, k])
     assert all(x.is_contiguous() and x.dtype == dtype for x in actual)
-    assert_close(actual, rotary_reference.rotate(q.double(), k.double(), inverse), RATIO[dtype])
+    wide = with_gradients(partial(turned, backend='reference'), [q.double(), k.double()])
+    assert_close(actual, wide, RATIO[dtype])
 
 
 def test_rotary_of_other_views():
@@ -52,15 +58,14 @@ def layer(B, h, w, C, K):
     return dout.transpose(1, 2), x[..., C : 2 * C], weight / K, bias
 
 
-def conv_wide(dout, x, weight, bias, residual):
-    dout, x, weight, bias = (t.double() for t in (dout, x, weight, bias))
-    out = conv_reference.forward(x, weight, bias, residual)
-    return out, *conv_reference.backward(dout, x, weight, residual)
+def run(dout, *inputs, residual, backend='triton'):
+    """Output and gradients of x, weight and bias."""
+    op = partial(depthwise_conv2d, residual=residual, backend=backend)
+    return with_gradients(op, inputs, dout)
 
 
-def run(dout, x, weight, bias, residual):
-    out = conv.forward(x, weight, bias, residual)
-    return out, *conv.backward(dout, x, weight, residual)
+def wide(*inputs, residual):
+    return run(*(t.double() for t in inputs), residual=residual, backend='reference')
 
 
 @pytest.mark.parametrize(
@@ -75,24 +80,24 @@ def run(dout, x, weight, bias, residual):
 )
 def test_depthwise(B, h, w, C, K, residual):
     inputs = layer(B, h, w, C, K)
-    actual = run(*inputs, residual)
+    actual = run(*inputs, residual=residual)
     assert actual[0].is_contiguous() and actual[1].is_contiguous()
-    assert_close(actual, conv_wide(*inputs, residual), 3 * RATIO[torch.float32])
+    assert_close(actual, wide(*inputs, residual=residual), 3 * RATIO[torch.float32])
 
 
 def test_depthwise_in_half_precision():
     inputs = [x.half() for x in layer(1, 5, 6, 20, 3)]
-    actual = run(*inputs, True)
+    actual = run(*inputs, residual=True)
     assert all(x.dtype == torch.float16 for x in actual)
-    assert_close(actual, conv_wide(*inputs, True), RATIO[torch.float16])
+    assert_close(actual, wide(*inputs, residual=True), RATIO[torch.float16])
 
 
 def test_depthwise_same_bits_of_views_and_copies():
-    dout, x, weight, bias = layer(2, 5, 4, 16, 3)
-    expected = run(dout.contiguous(), x.contiguous(), weight, bias, True)
+    dout, x, weight, bias = layer(1, 5, 4, 16, 3)
+    expected = run(dout.contiguous(), x.contiguous(), weight, bias, residual=True)
     strided = weight.transpose(0, 3).contiguous().transpose(0, 3)
     for views in ((dout, x), (dout.mT.contiguous().mT, x.mT.contiguous().mT)):
-        for a, b in zip(run(*views, strided, bias, True), expected, strict=True):
+        for a, b in zip(run(*views, strided, bias, residual=True), expected, strict=True):
             assert torch.equal(a, b)
     one = torch.ones(1, 1, 1, 1).expand(dout.shape)
     for a, b in zip(

@@ -47,14 +47,18 @@ SHAPES = [  # B, L, H, Dh, K
     (2, 7, 2, 6, 7),
     (3, 33, 1, 4, 1),
     (3, 65, 1, 8, 4),
-    (1, 97, 1, 32, 64),
     (1, 300, 1, 8, 16),
     (1, 31, 1, 128, 2),
 ]
 
 
-@pytest.mark.parametrize('partly', [False, True])
-@pytest.mark.parametrize('B, L, H, Dh, K', SHAPES)
+@pytest.mark.parametrize(
+    'B, L, H, Dh, K, partly',
+    [
+        *((*shape, partly) for shape in SHAPES for partly in (False, True)),
+        (1, 97, 1, 32, 64, True),
+    ],
+)
 def test_equals_reference(B, L, H, Dh, K, partly):
     k, valid = random_keys(B, L, H, Dh), random_valid(B, L) if partly else None
     idx = kernels.partition(k, K, valid)
@@ -92,9 +96,9 @@ def test_nearly_equal_cosines():
     k = torch.cat([torch.stack([angles.cos(), angles.sin()], -1), torch.tensor([[1e3, 0]])])
     mean = k.double().mean(0)
     cosine = torch.nn.functional.cosine_similarity(k.double(), mean, dim=-1)
-    idx = kernels.partition(k[None, :, None], 16, None).flatten()
+    idx = kernels.partition(k[None, :, None], 8, None).flatten()
     assert torch.equal(idx.sort().values, torch.arange(65).int())
-    parts = [cosine[idx[c * 65 // 16 : (c + 1) * 65 // 16]] for c in range(16)]
+    parts = [cosine[idx[c * 65 // 8 : (c + 1) * 65 // 8]] for c in range(8)]
     assert all(a.max() <= b.min() + 2e-7 for a, b in pairwise(parts))
 
 

@@ -93,7 +93,8 @@ def sec_attention(
         (B, L, H, Dh), in the dtype of the inputs.
 
     Raises:
-        ValueError: see `cluster_attention`; an order of another shape, dtype or device.
+        ValueError: see `cluster_attention`; an order of another shape, dtype or device; on a CPU,
+            where looking costs nothing, one with numbers that are no tokens.
     """
     op, letters = 'sec_attention', 'B L H Dh'
     inputs = dict(q=q, k=k, v=v, lepe=lepe)
@@ -114,6 +115,8 @@ def sec_attention(
 
 def _check(op: str, num_clusters: int, valid: Tensor | None, **inputs) -> dict[str, int]:
     sizes = check_inputs(op, **inputs)
+    if isinstance(num_clusters, bool) or not isinstance(num_clusters, int | torch.SymInt | Tensor):
+        raise ValueError(f'{op}: num_clusters must be an integer, got {num_clusters!r}')
     if not 1 <= num_clusters <= sizes['L']:
         raise ValueError(
             f'{op}: num_clusters must be between 1 and the {sizes["L"]} tokens, got {num_clusters}'
@@ -161,6 +164,13 @@ def _(k, num_clusters, valid, backend):
 def _forward(q, k, v, idx, num_clusters, valid, lepe, keep, backend):
     """The output and, to keep for the backward, the logarithms of the softmax's sums (B, H, L) by
     token and, where it is not the output, what was attended to."""
+    if idx.device.type == 'cpu':
+        low, high = (int(x) for x in idx.aminmax())
+        if low < 0 or high >= idx.shape[2]:
+            raise ValueError(
+                f'sec_attention: idx must hold tokens from 0 to {idx.shape[2] - 1}, '
+                f'got numbers from {low} to {high}'
+            )
     with torch.autocast(q.device.type, enabled=False):
         out, attended, sums = BACKENDS[backend].forward(
             q, k, v, idx, num_clusters, valid, lepe, keep

@@ -384,24 +384,24 @@ def _backward(first, last, dout, q, k, v, attended, sums, clusters, scale, dq, d
                 offsets[1, t] = -offsets[1, t]
             clear(dq_lanes)
             for j in range(0, len(own), KEYS):
-                end = min(j + KEYS, len(own))
-                k_here = keys[j:end, 0:N]
-                P, dS = scores[0 : end - j, 0:width], scores[KEYS : KEYS + end - j, 0:width]
+                until = min(j + KEYS, len(own))
+                k_here = keys[j:until, 0:N]
+                P, dS = scores[0 : until - j, 0:width], scores[KEYS : KEYS + until - j, 0:width]
                 for d in range(0, width, lanes):
                     offset, doffset = load(offsets, (0, d)), load(offsets, (1, d))
-                    for m in range(end - j):
+                    for m in range(until - j):
                         store(P, (m, d), offset)
                         store(dS, (m, d), doffset)
                 add_product(P, k_here, q_lanes)
-                add_product(dS, values[j:end, 0:N], dout_lanes)
-                for m in range(end - j):
+                add_product(dS, values[j:until, 0:N], dout_lanes)
+                for m in range(until - j):
                     for d in range(0, width, lanes):
                         x = exp2(load(P, (m, d)))
                         store(P, (m, d), x)
                         store(dS, (m, d), x * load(dS, (m, d)))
                 add_product(dq_lanes, k_here.T, dS)
-                add_product(dkeys[j:end, 0:N], dS[0 : end - j, 0:T], q_here)
-                add_product(dvalues[j:end, 0:N], P[0 : end - j, 0:T], dout_here)
+                add_product(dkeys[j:until, 0:N], dS[0 : end - j, 0:T], q_here)
+                add_product(dvalues[j:until, 0:N], P[0 : end - j, 0:T], dout_here)
             transpose(rows[0:width, 0:N], dq_lanes)
             _scatter(dq[part], rows, b, h, here, scale)
         _scatter(dk, dkeys, b, h, own, 1 / LOG2E)

@@ -54,6 +54,7 @@ FLOAT32 = {
     128: (1, 16, 32, 8, 2, None),
 }
 
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of finite float32
 FAR = 2**31  # elements of a sequence that offsets of 32 bits do not reach; others cost more
 
 
@@ -190,7 +191,8 @@ def _forward_kernel(
     for p in tl.static_range(PARTS):
         tokens, inside = _tokens(idx, first + p * ROWS, size, ROWS, False, INDEX)
         parts = parts + (_gather(q, tokens, inside, Dh, D),)
-        top, total = tl.full([ROWS], -float('inf'), tl.float32), tl.zeros([ROWS], tl.float32)
+        # Finite, for the first tile's scores may all be -inf.
+        top, total = tl.full([ROWS], LOWEST, tl.float32), tl.zeros([ROWS], tl.float32)
         states = states + ((top, total, tl.zeros([ROWS, D], tl.float32)),)
     whole = size // COLUMNS * COLUMNS
     for j in range(0, whole, COLUMNS):

@@ -42,6 +42,8 @@ def depthwise_conv2d(
             point or differs, inputs on several devices, an unknown or unsuitable backend.
     """
     op, device = 'depthwise_conv2d', x.device.type
+    if bias is None:
+        raise ValueError(f'{op}: bias must be a tensor, got None; zeros do the same as none')
     if device != 'meta' and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = (
