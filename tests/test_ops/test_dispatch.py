@@ -31,6 +31,15 @@ def test_auto_without_numba(backends, monkeypatch):
         backends.select('cpu', X)
 
 
+def test_an_old_triton(backends, monkeypatch):
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    monkeypatch.setattr(dispatch, '_triton_version', lambda: '3.3.1')
+    with pytest.raises(ValueError, match=r'needs Triton 3\.4, which torch 2\.8 .*found 3\.3\.1'):
+        backends.select('triton', X)
+    monkeypatch.setattr(dispatch, '_triton_version', lambda: '3.10.0')
+    assert backends.select('triton', X) == 'triton'
+
+
 def test_the_interpreter_is_for_those_who_ask(backends, monkeypatch):
     with pytest.raises(ValueError, match=r"backend='triton'.*needs inputs on a GPU, or on a"):
         backends.select('triton', X)

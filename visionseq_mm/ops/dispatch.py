@@ -8,8 +8,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 ENV = 'VISIONSEQ_BACKEND'
+TRITON = '3.4'  # at least, of whose language the kernels make use
 INSTALLED = {name: find_spec(name) is not None for name in ('numba', 'triton')}
 
 
@@ -35,9 +37,18 @@ def _cpu(x: Tensor) -> str | None:
     return None if x.device.type == 'cpu' else f'runs on a CPU, and the inputs are on {x.device}'
 
 
+@cache
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
 def _triton(x: Tensor) -> str | None:
     if not INSTALLED['triton']:
         return 'needs Triton: pip install triton'
+    if not torch.compiler.is_compiling() and TorchVersion(_triton_version()) < TRITON:
+        return f'needs Triton {TRITON}, which torch 2.8 has, or newer; found {_triton_version()}'
     if x.dtype == torch.float64:
         return 'has no float64'
     interpreted = x.device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1'
