@@ -78,6 +78,8 @@ def test_forward_and_backward(name, capsys):
         levels = [dict(recompute='none'), dict(recompute='kernel'), dict(with_cp=True)]
         added = [step(name, **level) for level in levels]
     assert added[0] < BUDGET
-    for more, less in pairwise(added):
-        # A ViL layer keeps its cells' output, twice its input.
-        assert less < (0.7 if name == 'ViL' else 0.6) * more
+    # A ViL layer keeps its cells' output, twice its input; what SecViT's blocks keep is little
+    # beside what one of them needs while it is computed again.
+    bounds = dict(ViL=(0.7, 0.7), SecViT=(0.6, 1)).get(name, (0.6, 0.6))
+    for (more, less), bound in zip(pairwise(added), bounds, strict=True):
+        assert less < bound * more
