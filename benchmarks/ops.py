@@ -288,11 +288,9 @@ def depthwise_inputs(s: Shape, dtype: torch.dtype, side: int, residual: bool):
 
 def cluster_of(idx: Tensor, p: peers.Inputs) -> Tensor:
     """The cluster of each token, (B, H, L), for an order of the tokens."""
-    L, K = idx.shape[2], p['num_clusters']
-    borders = torch.arange(1, K, device=idx.device) * L // K
-    place = torch.arange(L, device=idx.device)
-    labels = torch.searchsorted(borders, place, right=True)
-    return torch.empty_like(idx, dtype=torch.int64).scatter_(2, idx.long(), labels.expand_as(idx))
+    from visionseq_mm.ops.cluster_attention import cluster_labels
+
+    return cluster_labels(idx, p['num_clusters'])
 
 
 # -------------------------------------------------------------------------- ours

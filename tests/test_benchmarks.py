@@ -286,13 +286,13 @@ def test_floors(benchmarks, monkeypatch):
 
 def test_backbones(tmp_path):
     models = ['vil-tiny', 'deit-tiny:naive', 'quadratic-tiny']
-    arguments = '--sizes 96 --passes forward --recompute 0 --models'
+    arguments = '--sizes 224 --passes forward --recompute 0 --models'
     printed, data = run('backbones', tmp_path, *arguments.split(), *models)
     vil, deit, _ = data['results']
     assert [row['model'] for row in data['results']] == models
     for row in data['results']:
         assert set(row) == BACKBONES
-        assert row['status'] == 'ok' and row['size'] == 96 and row['dtype'] == 'float32'
+        assert row['status'] == 'ok' and row['size'] == 224 and row['dtype'] == 'float32'
         assert row['images_per_second'] == pytest.approx(1e3 / row['median_ms'])
         assert 0 < row['peak_mib'] < 500
         assert f'| {row["model"]} |' in printed

@@ -1,11 +1,13 @@
 """The channel that says what is padding, from mmdet's and mmseg's data to boxes and label maps."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.registry import MODELS as DET_MODELS
 from mmdet.structures import DetDataSample
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData, PixelData
 from mmseg.models import SegDataPreProcessor
@@ -15,6 +17,7 @@ from mmseg.structures import SegDataSample
 from visionseq_mm.registry import MODELS
 
 NORMALIZE = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
+NANO = Path(__file__).parents[1] / 'configs/nano/retinanet_secvit-nano_1xb2-500_nuts-400x300.py'
 SIZES = (60, 100), (96, 70), (33, 128)
 
 
@@ -207,34 +210,15 @@ def test_sliding_windows_of_a_padded_image():
 
 
 def test_detector_trains():
-    """Mask and all, through mmdet's own losses."""
-    model = DET_MODELS.build(
-        dict(
-            type='RetinaNet',
-            data_preprocessor=dict(type='visionseq_mm.DetDataPreprocessor', **NORMALIZE),
-            backbone=backbone(norm_eval=True),
-            neck=dict(type='FPN', in_channels=[16, 16, 32, 32], out_channels=16, num_outs=5),
-            bbox_head=dict(
-                type='RetinaHead',
-                num_classes=3,
-                in_channels=16,
-                feat_channels=16,
-                stacked_convs=1,
-                anchor_generator=dict(
-                    type='AnchorGenerator',
-                    octave_base_scale=4,
-                    scales_per_octave=1,
-                    ratios=[1.0],
-                    strides=[4, 8, 16, 32, 64],
-                ),
-            ),
-            train_cfg=dict(
-                assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4),
-                allowed_border=-1,
-                pos_weight=-1,
-            ),
-        )
+    """With the two lines that a user adds to a config, through mmdet's own losses."""
+    config = Config.fromfile(NANO)
+    config.merge_from_dict(
+        {
+            'model.data_preprocessor.type': 'visionseq_mm.DetDataPreprocessor',
+            'model.backbone.mask_padding': True,
+        }
     )
+    model = DET_MODELS.build(config.model)
     data = model.data_preprocessor(
         dict(inputs=pictures(), data_samples=det_samples(pictures())), training=True
     )

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from visionseq_mm.analysis.cluster_maps import cluster_labels, cluster_maps
+from visionseq_mm.analysis.cluster_maps import cluster_maps
 from visionseq_mm.backbones import SECFasterViT, SECSwin, SecViT, Vim
 from visionseq_mm.backbones.sec_swin import ClusterMSA
 from visionseq_mm.ops import rotary_2d
+from visionseq_mm.ops.cluster_attention import cluster_labels
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'nothing_to_compile')
 

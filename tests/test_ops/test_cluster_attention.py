@@ -202,3 +202,19 @@ def test_order_of_numbers_that_are_no_tokens(number):
     idx[1, 2, 3] = number
     with pytest.raises(ValueError, match=rf'tokens from 0 to 6, got numbers from .*{number}'):
         sec_attention(q, k, v, idx, 2)
+
+
+def test_what_triton_does_not_take(monkeypatch):
+    """By name it raises, before any kernel is built; the others have no such limits."""
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    q, k, v, _ = normal(*[(1, 70, 1, 132)] * 4)
+    with pytest.raises(ValueError, match='at most 128 channels, got Dh = 132'):
+        cluster_attention(q.float(), k.float(), v.float(), 2, backend='triton')
+    q, k, v = (x[..., :4].float() for x in (q, k, v))
+    for op in (
+        lambda: sec_partition(k, 65, backend='triton'),
+        lambda: sec_attention(q, k, v, sec_partition(k, 65), 65, backend='triton'),
+    ):
+        with pytest.raises(ValueError, match='at most 64 clusters, got 65'):
+            op()
+    assert cluster_attention(q, k, v, 65).isfinite().all()

@@ -99,7 +99,7 @@ def test_flops(backend):
     assert counter.get_total_flops() == 3 * plain.get_total_flops()
 
 
-def test_bad_arguments(backend):
+def test_bad_arguments(backend, monkeypatch):
     x, weight, bias = conv_inputs(1, 2, 3, 4, 3)
     with pytest.raises(ValueError, match='odd K, got shape'):
         depthwise_conv2d(x, weight[:, :, :2, :2], bias, backend=backend)
@@ -117,3 +117,6 @@ def test_bad_arguments(backend):
         depthwise_conv2d(x, weight.float(), bias, backend=backend)
     with pytest.raises(ValueError, match="backend='gpu' is unknown"):
         depthwise_conv2d(x, weight, bias, backend='gpu')
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    with pytest.raises(ValueError, match='at most 7×7, got K = 9'):
+        depthwise_conv2d(*(t.float() for t in conv_inputs(1, 2, 3, 4, 9)), backend='triton')

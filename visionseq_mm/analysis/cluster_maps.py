@@ -3,10 +3,10 @@
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visionseq_mm.backbones.base import ClusterPyramid
+from visionseq_mm.ops.cluster_attention import cluster_labels
 
 
 def cluster_maps(backbone, image, stages=None, block=-1):
@@ -64,21 +64,6 @@ def cluster_maps(backbone, image, stages=None, block=-1):
             )
         maps[stage] = cluster_labels(*blocks[block]).unflatten(2, grid)
     return maps
-
-
-def cluster_labels(idx: Tensor, num_clusters: int, valid: Tensor | None = None) -> Tensor:
-    """The cluster of each token from an order of them: (B, H, L) int64, -1 for invalid tokens.
-
-    Args:
-        idx: (B, H, L), what ``ops.sec_partition`` returned.
-        num_clusters, valid: What it was given.
-    """
-    place = torch.arange(idx.shape[2], device=idx.device)
-    n = idx.shape[2] if valid is None else valid.sum(1).clamp(min=1)[:, None, None]
-    # Cluster c begins at c·n // K, so this is the last one that begins at the place or before.
-    cluster = (((place + 1) * num_clusters - 1) // n).expand(idx.shape)
-    labels = torch.empty_like(cluster).scatter_(2, idx.long(), cluster)
-    return labels if valid is None else labels.masked_fill_(~valid[:, None], -1)
 
 
 class _Partitions(TorchDispatchMode):

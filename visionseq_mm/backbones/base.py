@@ -439,7 +439,9 @@ class ClusterPyramid(SequenceBackbone):
     def train(self, mode=True):
         super().train(mode)
         if self.norm_eval:
-            set_norms_to_eval(self)
+            for m in self.modules():
+                if isinstance(m, _BatchNorm):
+                    m.eval()
         return self
 
     def run(self, block, *inputs):
@@ -502,10 +504,3 @@ def mean_of_valid(x, valid):
     if valid is None:
         return x.mean((2, 3))
     return hide(x, valid).sum((2, 3)) / valid.sum((1, 2))[:, None].clamp(min=1)
-
-
-def set_norms_to_eval(module):
-    """Batch norms of ``module`` use their running statistics and leave them as they are."""
-    for m in module.modules():
-        if isinstance(m, _BatchNorm):
-            m.eval()

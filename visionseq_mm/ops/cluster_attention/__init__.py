@@ -73,6 +73,21 @@ def sec_partition(
     return _partition(k.detach(), num_clusters, valid, _select(backend, k, num_clusters))
 
 
+def cluster_labels(idx: Tensor, num_clusters: int, valid: Tensor | None = None) -> Tensor:
+    """The cluster of each token from an order of them: (B, H, L) int64, -1 for invalid tokens.
+
+    Args:
+        idx: (B, H, L), what `sec_partition` returned.
+        num_clusters, valid: what it was given.
+    """
+    place = torch.arange(idx.shape[2], device=idx.device)
+    n = idx.shape[2] if valid is None else valid.sum(1).clamp(min=1)[:, None, None]
+    # Cluster c begins at c·n // K, so this is the last one that begins at the place or before.
+    cluster = (((place + 1) * num_clusters - 1) // n).expand(idx.shape)
+    labels = torch.empty_like(cluster).scatter_(2, idx.long(), cluster)
+    return labels if valid is None else labels.masked_fill_(~valid[:, None], -1)
+
+
 def sec_attention(
     q: Tensor,
     k: Tensor,
