@@ -2,6 +2,8 @@
 
 import pytest
 from mmengine.optim import build_optim_wrapper
+from mmpretrain.models import ImageClassifier
+from mmpretrain.registry import MODELS as MMPRETRAIN
 from torch import nn
 
 from visionseq_mm.registry import MODELS
@@ -29,6 +31,53 @@ DEPTHS = {
         'stages.3.': 1,
         'out_norms.': 0,
     },
+    'SECSwin': {
+        'patch_embed.': 5,
+        'stages.0.': 4,
+        'stages.1.': 3,
+        'stages.2.': 2,
+        'stages.3.': 1,
+    },
+    'SECFasterViT': {
+        'patch_embed.': 5,
+        'stages.0.': 4,
+        'stages.1.': 3,
+        'stages.2.': 2,
+        'stages.3.': 1,
+    },
+}
+#: What has several dimensions and does not decay, in the first block of the first or last stage.
+UNDECAYED = {
+    'Vim': {'pos_embed', 'blocks.0.mixer.A_log', 'blocks.0.mixer.A_b_log'},
+    'ViL': {
+        'pos_embed',
+        'blocks.0.rowwise_from_top_left.layer.mlstm_cell.igate.weight',
+        'blocks.0.rowwise_from_top_left.layer.mlstm_cell.fgate.weight',
+        'blocks.0.rowwise_from_bot_right.layer.mlstm_cell.igate.weight',
+        'blocks.0.rowwise_from_bot_right.layer.mlstm_cell.fgate.weight',
+    },
+    'SecViT': {'stages.3.blocks.0.gamma_1', 'stages.3.blocks.0.gamma_2'},
+    'SECSwin': set(),
+    'SECFasterViT': set(),
+}
+#: Some of what does decay, and of what has one dimension and does not.
+DECAYED = {
+    'Vim': ('patch_embed.proj.weight', 'blocks.0.mixer.conv1d.weight', 'blocks.0.mixer.x_proj'),
+    'ViL': ('patch_embed.proj.weight', 'blocks.0.rowwise_from_top_left.layer.q_proj.weight'),
+    'SecViT': ('patch_embed.proj.0.weight', 'stages.0.blocks.0.attn.qkv.weight'),
+    'SECSwin': ('patch_embed.projection.weight', 'stages.0.blocks.0.attn.qkv.weight'),
+    'SECFasterViT': ('stages.0.blocks.0.conv1.weight', 'stages.2.blocks.0.attn.qkv.weight'),
+}
+FLAT = {
+    'Vim': ('blocks.0.norm.weight', 'blocks.0.mixer.D', 'blocks.0.mixer.dt_proj.bias'),
+    'ViL': (
+        'blocks.0.rowwise_from_top_left.norm.weight',
+        'blocks.0.rowwise_from_top_left.layer.mlstm_cell.outnorm.weight',
+        'blocks.0.rowwise_from_top_left.layer.learnable_skip',
+    ),
+    'SecViT': ('patch_embed.proj.1.weight', 'stages.0.blocks.0.norm1.weight'),
+    'SECSwin': ('stages.0.blocks.0.norm1.weight',),
+    'SECFasterViT': ('stages.2.blocks.0.norm1.weight',),
 }
 SMALL = {
     'Vim': dict(arch=dict(embed_dims=16, depth=3), out_indices=-1),
@@ -38,10 +87,12 @@ SMALL = {
             embed_dims=(8, 8, 8, 8),
             depths=(1, 1, 1, 1),
             num_heads=(1, 1, 1, 1),
-            layer_scale=(False,) * 4,
+            layer_scale=(False, False, False, True),
         ),
         out_norm=dict(type='visionseq_mm.LN2d'),
     ),
+    'SECSwin': dict(),
+    'SECFasterViT': dict(),
 }
 
 
@@ -70,7 +121,7 @@ def build(name, **settings):
 @pytest.mark.parametrize('name', SMALL)
 def test_rates(name):
     model = build(name)
-    groups = optimizer(model, layer_decay_rate=0.5, flat_decay_mult=0.0).param_groups
+    groups = optimizer(model, layer_decay_rate=0.5).param_groups
     found = {p: group for group in groups for p in group['params']}
     for parameter_name, parameter in model.backbone.named_parameters():
         (exponent,) = (
@@ -79,11 +130,79 @@ def test_rates(name):
             if parameter_name.startswith(beginning)
         )
         assert found[parameter]['lr'] == 0.5 * 0.5**exponent, parameter_name
-        assert found[parameter]['weight_decay'] == (0.1 if parameter.ndim > 1 else 0)
-    assert all(found[p]['lr'] == 0.5 for p in model.head.parameters())
+    assert found[model.head.weight]['lr'] == found[model.head.bias]['lr'] == 0.5
     assert len(found) == len(list(model.parameters()))
     settings = [(group['lr'], group['weight_decay']) for group in groups]
     assert len(settings) == len(set(settings)), 'parameters with the same settings share a group'
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_weight_decay(name):
+    """The same without layer_decay_rate below 1, as most configs have it."""
+    model = build(name)
+    groups = optimizer(model, layer_decay_rate=1).param_groups
+    assert len(groups) == 2
+    found = {p: group['weight_decay'] for group in groups for p in group['params']}
+    found = {key: found[p] for key, p in model.named_parameters()}
+    assert {'head.weight', *(f'backbone.{key}' for key in UNDECAYED[name])} <= set(found)
+    for key, decay in found.items():
+        inner = key.removeprefix('backbone.')
+        flat = key.endswith(('bias', 'norm.weight')) or inner.startswith(FLAT[name])
+        if inner.startswith(DECAYED[name]) or key == 'head.weight':
+            assert decay == 0.1, key
+        elif flat or any(inner.endswith(end.split('0.')[-1]) for end in UNDECAYED[name]):
+            assert decay == 0, key
+
+
+def test_custom_keys_decide_on_the_decay():
+    model = build('Vim')
+    custom = {'pos_embed': dict(decay_mult=0.5), 'blocks.1': dict(lr_mult=2.0)}
+    groups = optimizer(model, layer_decay_rate=1, custom_keys=custom).param_groups
+    found = {p: group for group in groups for p in group['params']}
+    assert found[model.backbone.pos_embed]['weight_decay'] == 0.05
+    mixer = model.backbone.blocks[1].mixer
+    assert found[mixer.A_log]['lr'] == 1
+    assert found[mixer.A_log]['weight_decay'] == found[mixer.D]['weight_decay'] == 0
+
+
+def test_mmpretrain_backbone():
+    """The baseline's ViT, which tells depths by the same protocol."""
+    vit = MMPRETRAIN.build(
+        dict(
+            type='VisionTransformer',
+            arch=dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=32),
+            img_size=32,
+        )
+    )
+    model = Model(vit)
+    groups = optimizer(model, layer_decay_rate=0.5).param_groups
+    rates = {p: group['lr'] for group in groups for p in group['params']}
+    assert rates[vit.pos_embed] == rates[vit.patch_embed.projection.weight] == 0.5**5
+    assert [rates[layer.ln1.weight] for layer in vit.layers] == [0.5**4, 0.5**3, 0.5**2]
+    assert rates[model.head.weight] == 0.5
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_mmpretrain_constructor(name):
+    """mmpretrain's own gives our backbones the same rates."""
+    model = ImageClassifier(
+        backbone=dict(type=f'visionseq_mm.{name}', **SMALL[name]),
+        head=dict(type='LinearClsHead', in_channels=2, num_classes=2),
+    )
+    theirs = build_optim_wrapper(
+        model,
+        dict(
+            constructor='mmpretrain.LearningRateDecayOptimWrapperConstructor',
+            optimizer=dict(type='SGD', lr=0.5, weight_decay=0.1),
+            paramwise_cfg=dict(layer_decay_rate=0.5),
+        ),
+    ).optimizer
+    ours = optimizer(model, layer_decay_rate=0.5)
+    rates, expected = (
+        {p: group['lr'] for group in groups.param_groups for p in group['params']}
+        for groups in (ours, theirs)
+    )
+    assert rates == expected
 
 
 def test_multiplies_what_mmengine_gives():
@@ -112,5 +231,5 @@ def test_no_paramwise_cfg():
 
 
 def test_foreign_backbone():
-    with pytest.raises(ValueError, match='got Conv2d'):
+    with pytest.raises(ValueError, match='but Conv2d has no get_layer_depth'):
         optimizer(Model(nn.Conv2d(1, 1, 1)), layer_decay_rate=0.9)

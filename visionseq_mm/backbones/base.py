@@ -41,6 +41,11 @@ def linear_ramp(last, count):
     return [last * i / max(count - 1, 1) for i in range(count)]
 
 
+def _parameters(item):
+    """Parameters of a module, or the one that it is itself."""
+    return item.parameters() if isinstance(item, nn.Module) else (item,)
+
+
 class SequenceBackbone(BaseModule):
     """Base of all backbones.
 
@@ -62,6 +67,8 @@ class SequenceBackbone(BaseModule):
     arch_zoo = {}
     #: Table from ``visionseq_mm.checkpoints``: official names -> ours.
     official_names = ()
+    #: Ends of the names, beside parameters of one dimension, that weight decay leaves alone.
+    undecayed = ()
 
     def __init__(self, out_type, frozen_stages, with_cp, min_matched, init_cfg):
         super().__init__(init_cfg)
@@ -162,6 +169,34 @@ class SequenceBackbone(BaseModule):
     def frozen_items(self):
         """Modules and parameters that ``frozen_stages`` freezes."""
         return chain.from_iterable(self.parts()[: self.frozen_stages + 1])
+
+    def get_layer_depth(self, param_name, prefix=''):
+        """Depth of a parameter, as mmpretrain's backbones tell it.
+
+        Args:
+            param_name (str): Its name in the whole model.
+            prefix (str): Where the backbone stands in it.
+
+        Returns:
+            tuple[int, int]: Depth, 0 for the stem, k for the k-th block (pair,
+            stage), the last for what follows them; and how many depths there are.
+        """
+        parts = self.parts()
+        depth = len(parts)
+        if param_name.startswith(prefix):
+            param = self.get_parameter(param_name.removeprefix(prefix))
+            for k, part in enumerate(parts):
+                if any(param is p for item in part for p in _parameters(item)):
+                    depth = k
+        return depth, len(parts) + 1
+
+    def no_weight_decay(self):
+        """Names of the parameters that weight decay leaves alone, as timm's models list them."""
+        return {
+            name
+            for name, param in self.named_parameters()
+            if param.ndim < 2 or name.endswith(self.undecayed)
+        }
 
     def train(self, mode=True):
         super().train(mode)
@@ -269,6 +304,7 @@ class PlainBackbone(SequenceBackbone):
 
     #: Beginnings of the names that only ``out_type='cls'`` builds.
     cls_only = ()
+    undecayed = ('pos_embed', 'cls_token')
 
     def build_stem(self, embed_dims, stride, table_stride, img_size):
         """Patch embedding, and the position table of an image of ``img_size``.

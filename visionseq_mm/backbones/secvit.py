@@ -218,6 +218,7 @@ class SecViT(ClusterPyramid):
     }
     official_names = checkpoints.SECVIT
     cls_only = ('proj', 'final_norm')
+    undecayed = ('gamma_1', 'gamma_2')
     num_features = 1024  # width of the 'cls' vector
 
     def __init__(

@@ -329,6 +329,7 @@ class ViL(PlainBackbone):
         'base': dict(embed_dims=768, depth={1: 24, 2: 12}),
     }
     cls_only = ('cls_token', 'final_norm.', 'pool_norm.')
+    undecayed = (*PlainBackbone.undecayed, 'igate.weight', 'fgate.weight')
 
     def __init__(
         self,

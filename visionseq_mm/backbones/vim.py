@@ -204,6 +204,7 @@ class Vim(PlainBackbone):
     }
     official_names = checkpoints.VIM
     cls_only = ('cls_token', 'cls_pos_embed', 'final_norm.')
+    undecayed = (*PlainBackbone.undecayed, 'A_log', 'A_b_log')
 
     def __init__(
         self,

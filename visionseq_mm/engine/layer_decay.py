@@ -1,10 +1,11 @@
-"""Smaller learning rates for earlier layers."""
+"""Smaller learning rates for earlier layers, and no weight decay where it does harm."""
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
-from torch import nn
 
 from visionseq_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+BACKBONE = 'backbone.'
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -16,19 +17,26 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     mmengine gives it, the stem with its position table as k = 0; what follows
     the blocks, neck and heads learn at the full rate. This is BEiT's rule
     (Bao et al., arXiv 2106.08254), as Vim's and ViL's dense recipes have it.
-    Parameters with the same settings share a group.
+    The backbone tells the depth, by mmpretrain's ``get_layer_depth``, so that
+    those of mmpretrain will do too.
+
+    Weights do not decay, in the whole model, where they have one dimension
+    (norms, also those whose gain is 1 + weight, biases, Vim's D), nor what the
+    backbone's ``no_weight_decay`` lists: position tables, Vim's A_log, ViL's
+    gates, SecViT's layer scale; a ``decay_mult`` in mmengine's ``custom_keys``
+    overrules this. Parameters with the same settings share a group.
 
     ``paramwise_cfg`` takes mmengine's keys and:
 
-        layer_decay_rate (float): Above 0, at most 1.
+        layer_decay_rate (float): Above 0, at most 1; 1: the same rate for all.
 
     Raises:
         ValueError: Without ``layer_decay_rate``, for one out of range, and for
-            a model whose ``backbone`` is none of this package's.
+            a model whose ``backbone`` does not know the depth of a parameter.
     """
 
     def __init__(self, optim_wrapper_cfg, paramwise_cfg=None):
-        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        super().__init__(optim_wrapper_cfg, {'flat_decay_mult': 0.0, **(paramwise_cfg or {})})
         decay = self.paramwise_cfg.get('layer_decay_rate')
         if not isinstance(decay, (int, float)) or not 0 < decay <= 1:
             raise ValueError(
@@ -41,31 +49,41 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().add_params(params, module, prefix, is_dcn_module)
         if prefix:  # a child; this method calls itself for each
             return
-        factors = self._factors(module)
+        backbone = getattr(module, 'backbone', None)
+        if not hasattr(backbone, 'get_layer_depth'):
+            raise ValueError(
+                f'{type(self).__name__} asks the backbone of the model for the depth of a '
+                f'parameter, but {type(backbone).__name__} has no get_layer_depth: take a '
+                "backbone of visionseq_mm or mmpretrain, or optim_wrapper.constructor='"
+                "DefaultOptimWrapperConstructor'"
+            )
+        names = {param: name for name, param in module.named_parameters()}
+        undecayed = self._undecayed(backbone)
         merged = {}
         for group in params:
             (param,) = group.pop('params')
-            group['lr'] = group.get('lr', self.base_lr) * factors.get(param, 1)
-            merged.setdefault(tuple(group.items()), []).append(param)
+            depth, num_depths = backbone.get_layer_depth(names[param], BACKBONE)
+            scale = self.decay ** (num_depths - 1 - depth)
+            group['lr'] = group.get('lr', self.base_lr) * scale
+            if names[param] in undecayed:
+                group['weight_decay'] = 0.0
+            merged.setdefault(tuple(sorted(group.items())), []).append(param)
         params[:] = [dict(settings, params=group) for settings, group in merged.items()]
-
-    def _factors(self, model):
-        """{parameter of a block or the stem: its factor}."""
-        backbone = getattr(model, 'backbone', None)
-        if not hasattr(backbone, 'parts'):
-            raise ValueError(
-                f'{type(self).__name__} reads the depth of a parameter from one of our backbones '
-                f'as the backbone of the model, got {type(backbone).__name__}'
+        if self.decay < 1:
+            print_log(
+                f'Rates decay by {self.decay} for each of {num_depths - 1} layers, to '
+                f'{self.decay ** (num_depths - 1):.2e} of what is logged above at the stem.',
+                logger='current',
             )
-        parts = backbone.parts()
-        print_log(
-            f'Rates decay by {self.decay} for each of {len(parts)} layers, to '
-            f'{self.decay ** len(parts):.2e} of what is logged above at the stem.',
-            logger='current',
-        )
-        return {
-            param: self.decay ** (len(parts) - k)
-            for k, part in enumerate(parts)
-            for item in part
-            for param in (item.parameters() if isinstance(item, nn.Module) else [item])
-        }
+
+    def _undecayed(self, backbone):
+        """Names whose weights do not decay, without those that a custom key decides on."""
+        if self.base_wd is None or not hasattr(backbone, 'no_weight_decay'):
+            return set()
+        custom = [
+            key
+            for key, settings in self.paramwise_cfg.get('custom_keys', {}).items()
+            if 'decay_mult' in settings
+        ]
+        names = {BACKBONE + name for name in backbone.no_weight_decay()}
+        return {name for name in names if not any(key in name for key in custom)}
