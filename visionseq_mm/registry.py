@@ -44,6 +44,7 @@ MODELS = Registry(
         'visionseq_mm.necks',
         'visionseq_mm.layers',
         'visionseq_mm.data_preprocessors',
+        'visionseq_mm.test_time_aug',
     ],
 )
 DATASETS = Registry(

@@ -9,16 +9,21 @@ import sys
 import threading
 from pathlib import Path
 
+import goldens
 import official_files
 import pytest
 import torch
-from mmengine.runner import CheckpointLoader
+from mmengine.config import Config
+from mmengine.runner import CheckpointLoader, load_checkpoint
+from mmpretrain.registry import MODELS as MMPRETRAIN
 
 from visionseq_mm.checkpoints import PUBLISHED, published_table
 from visionseq_mm.compat.safe_load import CheckpointError
 from visionseq_mm.registry import MODELS
 
-DOCS = Path(__file__).parents[2] / 'docs' / 'checkpoints.md'
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / 'docs' / 'checkpoints.md'
+CONFIGS = ROOT / 'configs'
 
 
 @pytest.fixture
@@ -133,3 +138,28 @@ def test_known_after_importing_the_registry():
 def test_documented():
     """On a miss, paste what published_table() returns."""
     assert published_table() in DOCS.read_text()
+
+
+@pytest.mark.parametrize(
+    ('name', 'family', 'config'),
+    [
+        ('vim-tiny', 'vim', 'vim/vim-tiny_8xb128_in1k.py'),
+        ('vil2-tiny', 'vil2', 'vil/vil2-tiny_16xb64-ft-20e_in1k.py'),
+        ('secvit-tiny', 'secvit', 'secvit/secvit-tiny_8xb128_in1k.py'),
+    ],
+)
+def test_classifier(name, family, config, publish):
+    """``NAME/cls`` loads as a whole into the model of the config that evaluates it."""
+    case = goldens.load(official_files.VARIANTS[name])
+    publish(name, official_files.published_form(family, case.weights))
+    model = MMPRETRAIN.build(Config.fromfile(CONFIGS / config).model).eval()
+    load_checkpoint(model, f'visionseq://{name}/cls', strict=True)
+    with torch.no_grad():
+        logits = model(case.image())
+    error = goldens.error(logits, case.expected()['logits'])
+    assert error <= goldens.TOLERANCES[case.family][torch.float32]
+
+
+def test_unknown_task():
+    with pytest.raises(ValueError, match="vim-tiny/det: only 'cls' can follow"):
+        CheckpointLoader.load_checkpoint('visionseq://vim-tiny/det')

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from visionseq_mm.checkpoints import adapt, rename, select_weights
+from visionseq_mm.checkpoints import LoadsOfficialFiles
 from visionseq_mm.layers import build_map_norm, resize_grid
 
 
@@ -46,7 +46,7 @@ def _parameters(item):
     return item.parameters() if isinstance(item, nn.Module) else (item,)
 
 
-class SequenceBackbone(BaseModule):
+class SequenceBackbone(LoadsOfficialFiles, BaseModule):
     """Base of all backbones.
 
     A subclass sets ``arch_zoo`` and ``official_names``, builds its layers,
@@ -65,8 +65,6 @@ class SequenceBackbone(BaseModule):
 
     #: {name: settings}, what ``arch`` may name.
     arch_zoo = {}
-    #: Table from ``visionseq_mm.checkpoints``: official names -> ours.
-    official_names = ()
     #: Ends of the names, beside parameters of one dimension, that weight decay leaves alone.
     undecayed = ()
 
@@ -243,30 +241,6 @@ class SequenceBackbone(BaseModule):
                 f'images must be at least {min_size}x{min_size} pixels, '
                 f'got {image.shape[2]}x{image.shape[3]}'
             )
-
-    # ------------------------------------------------------------ checkpoints
-
-    def prefer_ema(self):
-        """Whether the published accuracy is that of a file's ``model_ema``."""
-        return False
-
-    def convert_tensors(self, tensors):
-        """Hook for what a change of name cannot express; {our name: tensor} in and out."""
-        return tensors
-
-    def is_left_out(self, name):
-        """Whether ``name`` is part of this arch that this instance does not build."""
-        return False
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # torch's and mmengine's loaders both come here with a dict of their own, so that names
-        # can be changed in place before the children read theirs.
-        names = [k for k in state_dict if k.startswith(prefix)]
-        found = {k[len(prefix) :]: state_dict.pop(k) for k in names}
-        found = select_weights(found, self.prefer_ema())
-        adapted = adapt(self, rename(found, self.official_names), prefix)
-        state_dict.update({prefix + k: v for k, v in adapted.items()})
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class PatchEmbed(nn.Module):

@@ -2,13 +2,14 @@
 
 from visionseq_mm.checkpoints.loading import (
     CheckpointMismatchError,
+    LoadsOfficialFiles,
     adapt,
     convert,
     rename,
     select_weights,
     weights_key,
 )
-from visionseq_mm.checkpoints.names import SECVIT, SWIN, VIL, VIM
+from visionseq_mm.checkpoints.names import DEIT, SECVIT, SWIN, VIL, VIM
 from visionseq_mm.checkpoints.published import (
     PUBLISHED,
     Published,
@@ -18,12 +19,14 @@ from visionseq_mm.checkpoints.published import (
 )
 
 __all__ = [
+    'DEIT',
     'PUBLISHED',
     'SECVIT',
     'SWIN',
     'VIL',
     'VIM',
     'CheckpointMismatchError',
+    'LoadsOfficialFiles',
     'Published',
     'adapt',
     'convert',

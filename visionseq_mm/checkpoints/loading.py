@@ -91,7 +91,7 @@ def adapt(backbone, tensors, prefix=''):
     does not build (the classifier, unused blocks), and checks the rest.
 
     Args:
-        backbone (SequenceBackbone): Its hooks ``convert_tensors``,
+        backbone (LoadsOfficialFiles): Its hooks ``convert_tensors``,
             ``is_left_out`` and its ``min_matched`` are used.
         tensors (dict): {our name: tensor}.
         prefix (str): Where the backbone stands in the model that is loaded.
@@ -138,13 +138,49 @@ def adapt(backbone, tensors, prefix=''):
     return tensors
 
 
+class LoadsOfficialFiles:
+    """Mixin of a backbone, before its module class: official files load as they were published.
+
+    Whatever loads it, torch's ``load_state_dict``, mmengine's ``load_checkpoint`` or ``init_cfg``,
+    alone or as a part of a model.
+    """
+
+    #: Table from ``visionseq_mm.checkpoints``: official names -> ours.
+    official_names = ()
+    #: Share of the backbone's tensors that a checkpoint must bring, and of the checkpoint's that
+    #: must have a place here.
+    min_matched = 0.95
+
+    def prefer_ema(self):
+        """Whether the published accuracy is that of a file's ``model_ema``."""
+        return False
+
+    def convert_tensors(self, tensors):
+        """Hook for what a change of name cannot express; {our name: tensor} in and out."""
+        return tensors
+
+    def is_left_out(self, name):
+        """Whether ``name`` is part of this arch that this instance does not build."""
+        return False
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # torch's and mmengine's loaders both come here with a dict of their own, so that names
+        # can be changed in place before the children read theirs.
+        names = [k for k in state_dict if k.startswith(prefix)]
+        found = {k[len(prefix) :]: state_dict.pop(k) for k in names}
+        found = select_weights(found, self.prefer_ema())
+        adapted = adapt(self, rename(found, self.official_names), prefix)
+        state_dict.update({prefix + k: v for k, v in adapted.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
 def convert(backbone, checkpoint):
     """An official checkpoint as a state dict in our names.
 
     Loads it into ``backbone``, strictly, so that all of it must fit.
 
     Args:
-        backbone (SequenceBackbone): What it belongs to; overwritten.
+        backbone (LoadsOfficialFiles): What it belongs to; overwritten.
         checkpoint (Mapping): What the file held.
 
     Returns:
@@ -174,11 +210,13 @@ def convert(backbone, checkpoint):
 
 
 def _counted(tensors):
-    """Without counters, which do not matter, and output norms, which no ImageNet file has."""
+    """Without counters, which do not matter, and what no ImageNet file has: output norms, and the
+    positions relative to a window that a ViT gets for dense prediction."""
+    ends = ('num_batches_tracked', 'rel_pos_h', 'rel_pos_w')
     return {
         k: v
         for k, v in tensors.items()
-        if not k.endswith('num_batches_tracked') and not k.startswith('out_norms.')
+        if not k.endswith(ends) and not k.startswith('out_norms.')
     }
 
 

@@ -59,6 +59,17 @@ VIL = {
     ),
 }
 
+#: facebookresearch/deit and mmpretrain's files, for mmpretrain's ViT with windows, which has neither
+#: class token nor final norm.
+DEIT = (
+    (r'^blocks\.', 'layers.'),
+    (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
+    (r'(layers\.\d+)\.norm([12])\.', r'\1.ln\2.'),
+    (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
+    (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
+    (r'^(cls_token$|norm\.|ln1\.)', None),
+)
+
 #: Swin as mmpretrain, mmdet and mmseg name it, for SEC-Swin, which has no table of position biases
 #: and no masks: clusters have neither a geometry nor a border.
 SWIN = (

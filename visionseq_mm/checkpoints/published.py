@@ -7,7 +7,10 @@ and training logs, unless the note says otherwise.
 
 from dataclasses import dataclass, replace
 
+from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
+
+from visionseq_mm.checkpoints.loading import convert
 
 SCHEME = 'visionseq://'
 
@@ -146,14 +149,21 @@ def find_published(name):
 
 
 def load_from_visionseq(filename, map_location=None):
-    """Load ``visionseq://NAME``: mmengine's loader of the scheme.
+    """Load ``visionseq://NAME``, or ``visionseq://NAME/cls``: mmengine's loader of the scheme.
+
+    The first is the file as it was published, for the ``init_cfg`` of a backbone; the second a
+    checkpoint of mmpretrain's ImageClassifier, with the classifier, for ``load_from`` and
+    ``--checkpoint``.
 
     Raises:
-        ValueError: For an unknown name.
+        ValueError: For an unknown name, and anything but 'cls' behind it.
         FileNotFoundError: For a file that cannot be downloaded by a program;
             says where it is and how to use it.
     """
-    entry = find_published(filename)
+    name, slash, task = filename.removeprefix(SCHEME).partition('/')
+    entry = find_published(name)
+    if slash and task != 'cls':
+        raise ValueError(f"{filename}: only 'cls' can follow the name, as in {SCHEME}vim-tiny/cls")
     if entry.url is None:
         raise FileNotFoundError(
             f'{filename} cannot be downloaded by a program. Find {entry.file} of {entry.source} '
@@ -161,7 +171,11 @@ def load_from_visionseq(filename, map_location=None):
             "init_cfg=dict(type='Pretrained', checkpoint='path/of/the/file'), or init_cfg=None to "
             f'start from random weights. ({entry.note})'
         )
-    return CheckpointLoader.load_checkpoint(entry.url, map_location)
+    checkpoint = CheckpointLoader.load_checkpoint(entry.url, map_location)
+    if not slash:
+        return checkpoint
+    backbone = MODELS.build(dict(entry.backbone, out_type='cls'))
+    return dict(state_dict=convert(backbone, checkpoint))
 
 
 def install():

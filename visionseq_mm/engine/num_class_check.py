@@ -6,13 +6,15 @@ from mmengine.hooks import Hook
 
 from visionseq_mm.registry import HOOKS
 
-#: Heads of mmseg and of mmdet; a wrapper puts 'module.' before them. An RPN has one class.
-HEAD = re.compile(r'(?:module\.)*((?:roi_head\.)?(?:decode|auxiliary|bbox|mask)_head(?:\.\d+)?)')
+#: Heads of mmseg, mmdet and mmpretrain; a wrapper puts 'module.' before them. An RPN has one class.
+HEAD = re.compile(
+    r'(?:module\.)*((?:roi_head\.)?(?:decode|auxiliary|bbox|mask)_head(?:\.\d+)?|head)'
+)
 
 
 @HOOKS.register_module()
 class NumClassCheckHook(Hook):
-    """``num_classes`` of the heads must fit the data, for mmdet and mmseg.
+    """``num_classes`` of the heads must fit the data, for mmdet, mmseg and mmpretrain.
 
     Compared with ``metainfo.classes`` of the data set before a training (of
     both its data sets; mmdet's hook of this name looks at the second when it
