@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains on several GPUs of one machine, or of several with NNODES, NODE_RANK and MASTER_ADDR.
+# Trains on several GPUs of one machine, or of several with NNODES, NODE_RANK and MASTER_ADDR;
+# without a GPU in as many processes on the CPU.
 set -euo pipefail
 usage='usage: tools/dist_train.sh CONFIG GPUS [FLAGS OF train.py]'
 config=${1:?$usage}

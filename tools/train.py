@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from _toolbox import default_scope, make_parser, run, toolbox_script
+from _toolbox import make_parser, read_config, run, toolbox_script, without_gpu
 
 
 def resume_and_scale():
@@ -39,15 +39,30 @@ def for_mmseg(arguments):
     return [*arguments, '--cfg-options', *options] if options else arguments
 
 
+def without_second_amp(arguments, cfg):
+    """``arguments`` without ``--amp`` if ``cfg`` has an optimizer wrapper with AMP already.
+
+    mmseg's script would refuse that wrapper for its name, the others put mmengine's in its place.
+    """
+    wrapper = cfg.get('optim_wrapper', {})
+    name = getattr(wrapper.get('type'), '__name__', str(wrapper.get('type')))
+    if '--amp' not in arguments or not name.endswith('AmpOptimWrapper'):
+        return arguments
+    dtype = f", with dtype='{wrapper.dtype}'" if wrapper.get('dtype') else ''
+    print(f'--amp changes nothing: AMP is on already, as optim_wrapper has type {name}{dtype}.')
+    return [flag for flag in arguments if flag != '--amp']
+
+
 def main(arguments):
     parser = make_parser(__doc__, parents=[resume_and_scale()])
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (GPU only)')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     args, _ = parser.parse_known_args(arguments)
-    scope = default_scope(args.config, args.cfg_options)
-    run(
-        toolbox_script(scope, 'train.py'),
-        for_mmseg(arguments) if scope == 'mmseg' else arguments,
-    )
+    cfg, scope = read_config(args.config, args.cfg_options)
+    script = toolbox_script(scope, 'train.py')
+    arguments = without_second_amp(arguments, cfg)
+    if scope == 'mmseg':
+        arguments = for_mmseg(arguments)
+    run(script, [*arguments, *without_gpu(cfg, args)])
 
 
 if __name__ == '__main__':

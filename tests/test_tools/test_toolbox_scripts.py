@@ -1,9 +1,12 @@
 """tools/train.py and tools/test.py: the right toolbox's script, with the right flags."""
 
+import argparse
 import importlib.util
+import json
 import os
 import pickle
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,10 @@ import cv2
 import mmengine
 import numpy as np
 import pytest
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.optim import AmpOptimWrapper
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 
@@ -103,11 +110,16 @@ val_cfg = None
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))
 auto_scale_lr = dict(enable=False, base_batch_size=16)
-default_hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1))
+default_hooks = dict(
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1),
+    visualization=dict(type='VisualizationHook'),
+)
 """
 
 SEGMENTOR = """
 default_scope = 'mmseg'
+default_hooks.update(visualization=dict(type='SegVisualizationHook', interval=1))
+visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
 load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
 loader = dict(
     batch_size=2,
@@ -132,10 +144,18 @@ model = dict(
     ),
     test_cfg=dict(mode='whole'),
 )
+flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
+tta_pipeline = [
+    load[0],
+    dict(type='TestTimeAug', transforms=[flips, [load[1]], [dict(type='PackSegInputs')]]),
+]
+tta_model = dict(type='SegTTAModel')
 """
 
 DETECTOR = """
 default_scope = 'mmdet'
+default_hooks.update(visualization=dict(type='DetVisualizationHook'))
+visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
 loader = dict(
     batch_size=2,
     num_workers=0,
@@ -176,14 +196,33 @@ model = dict(
 )
 """
 
-DISTRIBUTED = """
-custom_imports = dict(imports=['visionseq_mm.registry', 'without_gpu'])
-model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
-env_cfg = dict(dist_cfg=dict(backend='gloo'))
+CLASSIFIER = """
+default_scope = 'mmpretrain'
+loader = dict(
+    batch_size=2,
+    num_workers=0,
+    persistent_workers=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CustomDataset',
+        data_root=data_root,
+        ann_file='classes.txt',
+        data_prefix='images',
+        metainfo=dict(classes=('a', 'b')),
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')],
+    ),
+)
+train_dataloader = test_dataloader = loader
+test_evaluator = dict(type='Accuracy', topk=1)
+data_preprocessor = dict(mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True)
+visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(type='ResNet', depth=18, base_channels=8),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=2, in_channels=64),
+)
 """
-
-# mmengine's launcher asks for a GPU here and in its default wrapper, and nowhere else.
-WITHOUT_GPU = 'import torch\ntorch.cuda.set_device = lambda device: None\n'
 
 
 @pytest.fixture(scope='module')
@@ -207,8 +246,8 @@ def data(tmp_path_factory):
     mmengine.dump(instances, root / 'instances.json')
     write(root / 'segmentor.py', COMMON + SEGMENTOR)
     write(root / 'detector.py', COMMON + DETECTOR)
-    write(root / 'distributed.py', COMMON + SEGMENTOR + DISTRIBUTED)
-    write(root / 'without_gpu.py', WITHOUT_GPU)
+    write(root / 'classifier.py', COMMON + CLASSIFIER)
+    write(root / 'classes.txt', '0.jpg 0\n1.jpg 1\n')
     return root
 
 
@@ -227,31 +266,248 @@ def call(*command, cwd, **environment):
     return done.stdout
 
 
+AMP = '--amp', '--cfg-options', 'optim_wrapper.type=visionseq_mm.AmpOptimWrapper'
+
+
 def test_segmentor(data, tmp_path):
     """From another folder; mmseg's own script could neither scale the rate nor resume a file."""
     train = (sys.executable, TOOLS / 'train.py', data / 'segmentor.py', '--work-dir', 'work')
-    assert 'LR is set based on batch size' in call(*train, '--auto-scale-lr', cwd=tmp_path)
+    log = call(*train, '--auto-scale-lr', *AMP, cwd=tmp_path)
+    assert 'LR is set based on batch size' in log
+    assert 'AMP is on already, as optim_wrapper has type visionseq_mm.AmpOptimWrapper.' in log
     train = (*train, '--cfg-options', 'train_cfg.max_iters=2')
     log = call(*train, '--resume', 'work/iter_1.pth', cwd=tmp_path)
     assert 'resumed epoch: 0, iter: 1' in log
 
     test = (sys.executable, TOOLS / 'test.py', data / 'segmentor.py', 'work/iter_2.pth')
-    assert 'mIoU' in call(*test, '--out', 'predictions', cwd=tmp_path)
+    flags = '--out', 'predictions', '--tta', '--show-dir', 'show', '--work-dir', 'test'
+    log = call(*test, *flags, cwd=tmp_path)
+    assert 'mIoU' in log and 'SegTTAModel' in log
     assert sorted(path.name for path in (tmp_path / 'predictions').iterdir()) == ['0.png', '1.png']
+    assert drawn(tmp_path) == 2
 
 
-def test_detector(data, tmp_path):
-    train = (sys.executable, TOOLS / 'train.py', data / 'detector.py')
-    call(*train, cwd=tmp_path)
-    checkpoint = tmp_path / 'work_dirs' / 'detector' / 'iter_1.pth'
-    test = (sys.executable, TOOLS / 'test.py', data / 'detector.py', checkpoint)
-    assert 'bbox_mAP' in call(*test, '--out', 'predictions.pkl', cwd=tmp_path)
+def drawn(folder):
+    """How many pictures --show-dir has; the toolboxes put them in different places."""
+    files = [*folder.rglob('*.png'), *folder.rglob('*.jpg')]
+    return sum('show' in path.relative_to(folder).parts for path in files)
+
+
+@pytest.mark.parametrize(
+    ('name', 'measured', 'tta'), [('detector', 'bbox_mAP', ['--tta']), ('classifier', 'top1', [])]
+)
+def test_detector_and_classifier(data, tmp_path, name, measured, tta):
+    """mmpretrain cannot draw what --tta gives."""
+    train = (sys.executable, TOOLS / 'train.py', data / f'{name}.py')
+    log = call(*train, '--auto-scale-lr', *AMP, cwd=tmp_path)
+    assert 'LR is set based on batch size' in log and 'AMP is on already' in log
+    checkpoint = tmp_path / 'work_dirs' / name / 'iter_1.pth'
+    test = (sys.executable, TOOLS / 'test.py', data / f'{name}.py', checkpoint)
+    flags = '--out', 'predictions.pkl', '--show-dir', 'show', '--work-dir', 'test', *tta
+    log = call(*test, *flags, cwd=tmp_path)
+    assert measured in log and ('TTAModel' in log) == bool(tta)
     assert len(pickle.loads((tmp_path / 'predictions.pkl').read_bytes())) == 2
+    assert drawn(tmp_path) == 2
 
 
 @pytest.mark.slow
-def test_two_processes(data, tmp_path):
-    config = data / 'distributed.py'
-    where = {'cwd': tmp_path, 'PYTHONPATH': str(data)}
+@pytest.mark.parametrize('name', ['detector', 'segmentor', 'classifier'])
+def test_resuming_the_latest_and_tta(data, tmp_path, name):
+    train = (sys.executable, TOOLS / 'train.py', data / f'{name}.py', '--work-dir', 'work')
+    call(*train, cwd=tmp_path)
+    log = call(*train, '--resume', '--cfg-options', 'train_cfg.max_iters=2', cwd=tmp_path)
+    assert 'resumed epoch: 0, iter: 1' in log
+    test = (sys.executable, TOOLS / 'test.py', data / f'{name}.py', 'work/iter_2.pth', '--tta')
+    assert 'TTA' in call(*test, cwd=tmp_path)
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """No GPU, a free port, and an `srun` that sets the variables of Slurm for a task."""
+    folder = tmp_path / 'bin'
+    folder.mkdir()
+    write(folder / 'srun', SRUN).chmod(0o755)
+    write(folder / 'scontrol', SCONTROL).chmod(0o755)
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = str(server.getsockname()[1])
+    path = f'{folder}:{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    return dict(CUDA_VISIBLE_DEVICES='', PORT=port, MASTER_PORT=port, PATH=path)
+
+
+# Of several tasks it starts the first alone; its own arguments end at the command.
+SRUN = """#!/bin/bash
+printf '%s\\n' "$@" > srun.txt
+while [ "$1" != python ]; do
+    case $1 in --ntasks=*) tasks=${1#*=};; esac
+    shift
+done
+export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=$tasks SLURM_NODELIST=node[3-4]
+[ "$tasks" != 1 ] || exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+[ "$*" = 'show hostnames node[3-4]' ] && printf '127.0.0.1\\n127.0.0.2\\n'
+"""
+
+
+def test_slurm(data, tmp_path, environment):
+    """One task trains through mmengine's launcher, with flags after the arguments and before."""
+    config = data / 'segmentor.py'
+    job = TOOLS / 'slurm_train.sh', 'part', 'a job', config, 'a work'
+    log = call(
+        *(*job, '--cfg-options', 'randomness.seed=5'),
+        **dict(cwd=tmp_path, GPUS='1', PY_ARGS='--auto-scale-lr', **environment),
+    )
+    for text in ('launcher: slurm', 'Distributed training: True', 'LR is set based', 'seed: 5'):
+        assert text in log
+    assert (tmp_path / 'a work' / 'iter_1.pth').exists()
+    assert (tmp_path / 'srun.txt').read_text().splitlines()[:14] == [
+        *('-p', 'part', '--job-name=a job', '--gres=gpu:1', '--ntasks=1', '--ntasks-per-node=1'),
+        *('--cpus-per-task=5', '--kill-on-bad-exit=1', 'python', '-u', f'{TOOLS}/train.py'),
+        *(str(config), '--work-dir=a work', '--launcher'),
+    ]
+
+
+def test_slurm_on_two_nodes(tmp_path, environment):
+    settings = dict(GPUS='16', CPUS_PER_TASK='3', SRUN_ARGS='--quiet -x node7')
+    job = TOOLS / 'slurm_test.sh', 'part', 'job', 'config.py', 'last.pth', '--out', 'a folder'
+    call(*job, cwd=tmp_path, **settings, **environment)
+    assert (tmp_path / 'srun.txt').read_text().splitlines() == [
+        *('-p', 'part', '--job-name=job', '--gres=gpu:8', '--ntasks=16', '--ntasks-per-node=8'),
+        *('--cpus-per-task=3', '--kill-on-bad-exit=1', '--quiet', '-x', 'node7', 'python', '-u'),
+        *(f'{TOOLS}/test.py', 'config.py', 'last.pth', '--launcher', 'slurm', '--out', 'a folder'),
+    ]
+
+
+@pytest.mark.parametrize('name', ['dist_train', 'dist_test', 'slurm_train', 'slurm_test'])
+def test_usage(name):
+    done = subprocess.run([TOOLS / f'{name}.sh', 'first'], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert 'usage: ' in done.stderr and f'tools/{name}.sh' in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes(data, tmp_path, environment):
+    config = data / 'segmentor.py'
+    where = dict(cwd=tmp_path, **environment)
     call(TOOLS / 'dist_train.sh', config, 2, '--work-dir', 'work', **where)
-    assert 'mIoU' in call(TOOLS / 'dist_test.sh', config, 'work/iter_1.pth', 2, **where)
+    assert 'mIoU' in call(TOOLS / 'dist_test.sh', config, 'work/iter_1.pth', 2, '--tta', **where)
+
+
+@pytest.mark.slow
+def test_sync_bn_is_refused_in_testing(data, tmp_path, environment):
+    """torch's wrapper would refuse it, though not the layer, which uses its own statistics."""
+    sync_bn = 'norm.type=SyncBN', 'model.decode_head.norm_cfg.type=SyncBN'
+    command = TOOLS / 'dist_test.sh', data / 'segmentor.py', 'lost.pth', 1, '--cfg-options'
+    with pytest.raises(
+        AssertionError, match=r'--cfg-options model\.decode_head\.norm_cfg\.type=BN'
+    ):
+        call(*command, *sync_bn, cwd=tmp_path, **environment)
+
+
+def test_finds_sync_bn(toolbox):
+    norm = dict(type='SyncBN')
+    model = dict(backbone=dict(norm_cfg=dict(type='BN')), heads=[dict(), dict(norm_cfg=norm)])
+    model['neck'] = dict(type=torch.nn.SyncBatchNorm)
+    with pytest.raises(SystemExit) as exit:
+        toolbox.refuse_sync_bn(Config(dict(model=model, sync_bn='torch')), 'c.py')
+    message, options = str(exit.value).splitlines()
+    assert message.startswith('c.py has SyncBN at model.heads.1.norm_cfg, model.neck, sync_bn. ')
+    options = options.split()[1:]
+    assert options == ['model.heads.1.norm_cfg.type=BN', 'model.neck.type=BN', 'sync_bn=None']
+    cfg = Config(dict(model=model, sync_bn='torch'))
+    parser = toolbox.make_parser('')
+    cfg.merge_from_dict(parser.parse_args(['c.py', '--cfg-options', *options]).cfg_options)
+    toolbox.refuse_sync_bn(cfg, 'c.py')
+
+
+ONE_OF_ONE = dict(OMPI_COMM_WORLD_RANK='0', OMPI_COMM_WORLD_SIZE='1', MASTER_ADDR='127.0.0.1')
+
+
+@pytest.mark.skipif(get_device() != 'cpu', reason='starts processes without an accelerator')
+@pytest.mark.parametrize(
+    ('cfg', 'expected'),
+    [
+        (
+            dict(find_unused_parameters=True),
+            'type=MMDistributedDataParallel device_ids=None broadcast_buffers=False '
+            'find_unused_parameters=True',
+        ),
+        (dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel')), ''),
+    ],
+)
+def test_flags_without_a_gpu(toolbox, monkeypatch, environment, cfg, expected):
+    """And the process group, here that of MPI, whose variables mmengine's launcher reads."""
+    args = argparse.Namespace(config='c.py', launcher='none')
+    assert toolbox.without_gpu(Config(cfg), args) == []
+    args.launcher = 'mpi'
+    with pytest.raises(SystemExit, match='launcher mpi, but the environment has no OMPI_COMM_'):
+        toolbox.without_gpu(Config(cfg), args)
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.setenv(name, 'to be put back')
+    for name, value in dict(ONE_OF_ONE, OMPI_COMM_WORLD_LOCAL_RANK='0').items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv('MASTER_PORT', environment['MASTER_PORT'])
+    flags = toolbox.without_gpu(Config(cfg), args)
+    assert torch.distributed.get_backend() == 'gloo'
+    torch.distributed.destroy_process_group()
+    assert [flag.removeprefix('model_wrapper_cfg.') for flag in flags[1:]] == expected.split()
+
+
+@pytest.mark.parametrize(
+    ('kind', 'kept'),
+    [('OptimWrapper', True), ('AmpOptimWrapper', False), (AmpOptimWrapper, False), (None, True)],
+)
+def test_amp_is_asked_for_once(toolbox, kind, kept):
+    without = runpy.run_path(str(TOOLS / 'train.py'))['without_second_amp']
+    cfg = Config(dict(optim_wrapper=dict(type=kind)) if kind else {})
+    left = ['c.py', '--amp', '--resume'] if kept else ['c.py', '--resume']
+    assert without(['c.py', '--amp', '--resume'], cfg) == left
+    assert without(['c.py'], cfg) == ['c.py']
+
+
+def test_tta_of_mmseg_without_its_settings(toolbox):
+    check = runpy.run_path(str(TOOLS / 'test.py'))['check_tta']
+    check(Config(dict(tta_model={}, tta_pipeline=[])), 'c.py')
+    with pytest.raises(SystemExit, match=r'c\.py has no tta_pipeline, which mmseg needs'):
+        check(Config(dict(tta_model={})), 'c.py')
+
+
+# --- mim ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('package', 'name'),
+    [
+        ('mmdet', 'mask-rcnn_secvit-nano_1xb8-300_shapes-128x128'),
+        ('mmsegmentation', 'upernet_vim-nano_1xb8-300_shapes-128x128'),
+    ],
+)
+def test_mim_gridsearch(tmp_path, monkeypatch, package, name):
+    """The second loss depends on the rate of the first step, the first on the seed alone."""
+    monkeypatch.syspath_prepend(TOOLS)
+    draw = importlib.import_module('_drawing').draw_split
+    for seed, split in enumerate(('train', 'val')):
+        draw(tmp_path / 'data', split, 4, seed)
+    settings = dict(max_iters=2, val_interval=2)
+    options = [f'train_cfg.{key}={value}' for key, value in settings.items()]
+    options += ['param_scheduler=None', 'randomness.seed=0', 'default_hooks.logger.interval=1']
+    call(
+        *('mim', 'gridsearch', package, TOOLS.parent / 'configs' / 'nano' / f'{name}.py'),
+        *('--gpus', 0, '--launcher', 'none', '--work-dir', 'grid'),
+        *('--search-args', '--optim_wrapper.optimizer.lr 1e-3 2e-3'),
+        *('--cfg-options', *options, 'train_dataloader.batch_size=2'),
+        **dict(cwd=tmp_path, SHAPES_ROOT=str(tmp_path / 'data'), OMP_NUM_THREADS='1'),
+    )
+    losses = []
+    for rate in 0.001, 0.002:
+        folder = tmp_path / f'grid_search_optim_wrapper.optimizer.lr_{rate}'
+        (file,) = folder.glob('*/vis_data/scalars.json')
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert lines[0]['base_lr'] == rate
+        losses.append([line['loss'] for line in lines if 'loss' in line])
+    (first, second), (again, other) = losses
+    assert first == again and second != other
