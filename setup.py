@@ -17,6 +17,7 @@ MIM = [
     'mmpretrain>=1.2.0,<2',
     'ftfy',  # imported by mmseg.models and mmpretrain.models, declared by neither
     'regex',
+    'tensorboard',  # the configs log for it, too
     'setuptools>=70,<81',  # mmengine imports pkg_resources, which setuptools 82 dropped
 ]
 CPU = ['numba']
@@ -25,7 +26,7 @@ CLI = [
     'openxlab==0.0.11',  # later ones force setuptools 60, which Python 3.12 cannot import
     'setuptools>=70,<81',
 ]
-TESTS = ['pytest', 'ruff', 'tensorboard', 'timm']
+TESTS = ['pytest', 'ruff', 'timm']
 
 
 class BuildWithMim(build_py):

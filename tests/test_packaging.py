@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mmengine.config import Config
 
 ROOT = Path(__file__).parents[1]
+METAFILES = sorted(ROOT.glob('configs/*/metafile.yml'))
 MIM = ROOT / 'visionseq_mm' / '.mim'
 ENTRY_POINT = 'visionseq_mm = visionseq_mm.compat.autoload:install'
 
@@ -77,7 +79,7 @@ def test_wheel_holds_package_configs_and_tools(wheel):
 
 def test_model_index_lists_all_metafiles():
     listed = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
-    there = [path.relative_to(ROOT).as_posix() for path in ROOT.glob('configs/*/metafile.yml')]
+    there = [path.relative_to(ROOT).as_posix() for path in METAFILES]
     assert sorted(listed) == sorted(there)
 
 
@@ -117,6 +119,42 @@ def test_mim_finds_our_train_script(installed, tmp_path):
     )
     assert done.returncode != 0
     assert 'config.py has no default_scope' in done.stderr
+
+
+def mim(installed, cwd, *arguments):
+    return call(sys.executable, '-m', 'mim', *arguments, cwd=cwd, env=installed[1])
+
+
+def test_mim_search(installed, tmp_path):
+    """By name, with what the metafile says."""
+    found = mim(installed, tmp_path, 'search', 'visionseq_mm', '--valid-config')
+    for path in METAFILES:
+        for model in yaml.safe_load(path.read_text())['Models']:
+            assert repr(model['Name']) in found
+    found = mim(
+        *(installed, tmp_path, 'search', 'visionseq_mm', '--model', 'vil'),
+        *('--condition', 'parameters<1e7', '--field', 'parameters', 'imagenet-1k/top_1_accuracy'),
+    )
+    assert 'vil2-tiny_16xb64-ft-20e_in1k' in found and '78.3' in found
+    assert 'vil2-base' not in found
+
+
+@pytest.mark.parametrize(
+    ('name', 'weights'),
+    [
+        ('upernet_vil-base_8xb2-160k_ade20k-1024x1024', None),
+        ('vim-tiny_8xb128_in1k', 'vim_t_midclstok_76p1acc.pth'),
+    ],
+)
+def test_mim_download(name, weights, installed, tmp_path):
+    """The whole config, and weights where there are some; here they have come already."""
+    if weights:
+        (tmp_path / weights).touch()
+    mim(installed, tmp_path, 'download', 'visionseq_mm', '--config', name, '--dest', '.')
+    (source,) = ROOT.glob(f'configs/*/{name}.py')
+    downloaded = Config.fromfile(tmp_path / f'{name}.py')
+    assert downloaded.to_dict() == Config.fromfile(source).to_dict()
+    assert {path.name for path in tmp_path.iterdir()} == {f'{name}.py', weights} - {None}
 
 
 def test_editable_install_links_into_the_checkout():

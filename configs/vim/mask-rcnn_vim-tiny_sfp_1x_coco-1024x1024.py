@@ -19,7 +19,6 @@ model = dict(
     neck=dict(in_channels=192),
 )
 optim_wrapper = dict(
-    constructor='visionseq_mm.LayerDecayOptimWrapperConstructor',
     optimizer=dict(weight_decay=0.1),
     paramwise_cfg=dict(layer_decay_rate=0.837),
 )

@@ -139,6 +139,17 @@ def test_mim_test(trained, nuts, place):
     assert set(metrics(place / 'tested')) >= METRICS, tail(output)
 
 
+def test_test_time_augmentation(trained, nuts, place):
+    """Flipped views too; masks are scored as well as boxes."""
+    call(
+        *('mim', 'test', 'mmdet', CONFIG, '--checkpoint', trained / 'iter_2.pth'),
+        *('--work-dir', 'augmented', '--tta', *options(SMALL)),
+        cwd=place,
+        NUTS_ROOT=str(nuts),
+    )
+    assert set(metrics(place / 'augmented')) >= METRICS
+
+
 def test_spawned_workers(trained, nuts, place):
     """mmdet's own script; a spawned worker imports everything again."""
     output = call(

@@ -214,9 +214,7 @@ def _counted(tensors):
     positions relative to a window that a ViT gets for dense prediction."""
     ends = ('num_batches_tracked', 'rel_pos_h', 'rel_pos_w')
     return {
-        k: v
-        for k, v in tensors.items()
-        if not k.endswith(ends) and not k.startswith('out_norms.')
+        k: v for k, v in tensors.items() if not k.endswith(ends) and not k.startswith('out_norms.')
     }
 
 

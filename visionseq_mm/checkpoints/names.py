@@ -59,7 +59,7 @@ VIL = {
     ),
 }
 
-#: facebookresearch/deit and mmpretrain's files, for mmpretrain's ViT with windows, which has neither
+#: facebookresearch/deit's and mmpretrain's files, for the ViT with windows, which has neither
 #: class token nor final norm.
 DEIT = (
     (r'^blocks\.', 'layers.'),

@@ -6,7 +6,7 @@ from mmengine.hooks import Hook
 
 from visionseq_mm.registry import HOOKS
 
-#: Heads of mmseg, mmdet and mmpretrain; a wrapper puts 'module.' before them. An RPN has one class.
+#: Heads of mmseg, mmdet and mmpretrain, 'module.' before them in a wrapper. An RPN has one class.
 HEAD = re.compile(
     r'(?:module\.)*((?:roi_head\.)?(?:decode|auxiliary|bbox|mask)_head(?:\.\d+)?|head)'
 )

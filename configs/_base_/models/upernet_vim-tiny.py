@@ -1,5 +1,5 @@
 # UperNet on Vim-Ti as its code has it: the outputs of the mixers, not the residual stream; the
-# adapter of BEiT; a head as wide as the backbone.
+# adapter of BEiT; a head as wide as the backbone; the drop path that its model has by default.
 _base_ = './upernet.py'
 dims = 192
 model = dict(
@@ -7,6 +7,7 @@ model = dict(
         type='visionseq_mm.Vim',
         arch='tiny',
         feature='branch',
+        drop_path_rate=0.1,
         init_cfg=dict(type='Pretrained', checkpoint='visionseq://vim-tiny'),
     ),
     neck=dict(

@@ -3,16 +3,10 @@
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
-    type='OptimWrapper',
+    type='visionseq_mm.AmpOptimWrapper',  # on a CPU without mixed precision
+    dtype='bfloat16',  # 'float32': without it on a GPU too
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    # Not decayed: what has one dimension (norms, also those whose gain is 1 + weight, biases, the
-    # skips D of Vim), position tables, and Vim's A_log, which its authors mark so.
-    paramwise_cfg=dict(
-        flat_decay_mult=0.0,
-        custom_keys={
-            'pos_embed': dict(decay_mult=0.0),
-            'A_log': dict(decay_mult=0.0),
-            'A_b_log': dict(decay_mult=0.0),
-        },
-    ),
+    # No decay of norms, biases, position tables, Vim's A_log and D, ViL's gates, layer scales.
+    constructor='visionseq_mm.LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(layer_decay_rate=1.0),  # below 1: earlier layers learn more slowly
 )

@@ -1,7 +1,6 @@
 # 160k iterations as ViL trains UperNet (its configuration vil_t16_upernet160k_dim192).
 _base_ = './adamw_160k.py'
 optim_wrapper = dict(
-    constructor='visionseq_mm.LayerDecayOptimWrapperConstructor',
     optimizer=dict(lr=5e-4, weight_decay=0.05),
     paramwise_cfg=dict(layer_decay_rate=0.65),  # for each pair of blocks
 )

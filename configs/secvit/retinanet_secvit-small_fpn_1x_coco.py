@@ -1,0 +1,6 @@
+_base_ = './retinanet_secvit-tiny_fpn_1x_coco.py'
+model = dict(
+    backbone=dict(
+        arch='small', drop_path_rate=0.15, init_cfg=dict(checkpoint='visionseq://secvit-small')
+    ),
+)

@@ -1,0 +1,11 @@
+# No published run: the settings of the paper for its smaller ones.
+_base_ = [
+    '../_base_/models/upernet_vim-base.py',
+    '../_base_/datasets/ade20k_512x512.py',
+    '../_base_/schedules/adamw_160k.py',
+    '../_base_/default_runtime_seg.py',
+]
+model = dict(
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(img_size=_base_.crop_size),
+)

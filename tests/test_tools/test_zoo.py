@@ -1,0 +1,76 @@
+"""Metafiles and the tables of the READMEs in configs/ say what the configs are."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+from mmengine.config import Config
+
+ROOT = Path(__file__).parents[2]
+ZOO = runpy.run_path(str(ROOT / 'tools' / 'update_zoo.py'))
+METAFILES = {
+    path.parent.name: yaml.safe_load(path.read_text())
+    for path in sorted(ROOT.glob('configs/*/metafile.yml'))
+}
+MODELS = [model for content in METAFILES.values() for model in content['Models']]
+#: Of which FLOPs are counted again: classifiers, and backbones of small models.
+QUICK = ('vim-tiny_8xb128_in1k', 'vil2-tiny_16xb64-ft-20e_in1k', 'secvit-tiny_8xb128_in1k')
+
+
+def flops(model):
+    found = model['Metadata']
+    return found.get('FLOPs') or found['Backbone FLOPs']
+
+
+@pytest.mark.parametrize('family', METAFILES)
+def test_tables(family):
+    """On a miss: python tools/update_zoo.py"""
+    readme = (ROOT / 'configs' / family / 'README.md').read_text()
+    models = METAFILES[family]['Models']
+    assert readme == ZOO['with_tables'](readme, models, Path('configs', family))
+    stems = {Path(model['Config']).stem for model in models}
+    assert not [stem for stem in stems if f'({stem}.py)' not in readme]
+
+
+@pytest.mark.parametrize('model', MODELS, ids=lambda model: model['Name'])
+def test_metafile(model):
+    """All but the FLOPs, which take their time, made anew."""
+    assert ZOO['update'](model, lambda *_: flops(model)) == model
+
+
+@pytest.mark.parametrize(
+    'model',
+    [
+        pytest.param(model, marks=() if model['Name'] in QUICK else pytest.mark.slow)
+        for model in MODELS
+        if 'FLOPs' in model['Metadata']
+    ],
+    ids=lambda model: model['Name'],
+)
+def test_flops(model):
+    cfg = Config.fromfile(ROOT / model['Config'])
+    assert ZOO['count_flops'](cfg, ZOO['build'](cfg)) == flops(model)
+
+
+def test_published_numbers_are_near():
+    """Rounded, and of other heads; FLOPs without some of the products that ours count."""
+    compared = 0
+    for model in MODELS:
+        for key, low, high in (('Parameters', 0.94, 1.05), ('FLOPs', 0.98, 1.25)):
+            published = model.get('Published', {}).get(key)
+            if published:
+                unit = {'M': 1e6, 'G': 1e9}[published[-1]]
+                ratio = model['Metadata'][key] / (float(published[:-1]) * unit)
+                assert low < ratio < high, (model['Name'], key, ratio)
+                compared += 1
+    assert compared > 30
+
+
+def test_unique_names_of_collections_there_are():
+    names = [model['Name'] for model in MODELS]
+    assert len(set(names)) == len(names)
+    collections = {
+        c['Name'] for content in METAFILES.values() for c in content.get('Collections', ())
+    }
+    assert {model['In Collection'] for model in MODELS} <= collections
