@@ -20,7 +20,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     The backbone tells the depth, by mmpretrain's ``get_layer_depth``, so that
     those of mmpretrain will do too.
 
-    Weights do not decay, in the whole model, where they have one dimension
+    Weights do not decay, in the whole model, where they have one dimension or none
     (norms, also those whose gain is 1 + weight, biases, Vim's D), nor what the
     backbone's ``no_weight_decay`` lists: position tables, Vim's A_log, ViL's
     gates, SecViT's layer scale; a ``decay_mult`` in mmengine's ``custom_keys``
@@ -58,7 +58,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 "DefaultOptimWrapperConstructor'"
             )
         names = {param: name for name, param in module.named_parameters()}
-        undecayed = self._undecayed(backbone)
+        undecayed = self._undecayed(module)
         merged = {}
         for group in params:
             (param,) = group.pop('params')
@@ -76,14 +76,17 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 logger='current',
             )
 
-    def _undecayed(self, backbone):
+    def _undecayed(self, model):
         """Names whose weights do not decay, without those that a custom key decides on."""
-        if self.base_wd is None or not hasattr(backbone, 'no_weight_decay'):
+        if self.base_wd is None:
             return set()
+        # Scalars, such as the scales of one-stage heads, are not flat for mmengine.
+        names = {name for name, param in model.named_parameters() if param.ndim == 0}
+        if hasattr(model.backbone, 'no_weight_decay'):
+            names |= {BACKBONE + name for name in model.backbone.no_weight_decay()}
         custom = [
             key
             for key, settings in self.paramwise_cfg.get('custom_keys', {}).items()
             if 'decay_mult' in settings
         ]
-        names = {BACKBONE + name for name in backbone.no_weight_decay()}
         return {name for name in names if not any(key in name for key in custom)}
