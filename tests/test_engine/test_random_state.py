@@ -1,6 +1,7 @@
 """A training stopped and resumed draws the random numbers of one that is not stopped."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +184,23 @@ def without_state(file):
     del checkpoint['random_state']
     torch.save(checkpoint, file.with_name('bare.pth'))
     return str(file.with_name('bare.pth'))
+
+
+@pytest.mark.parametrize('fast_forward', [False, True])
+def test_data_of_onedl_mmengine(fast_forward):
+    """Its loop calls `skip_iter`, or drops nothing; a stand-in for it, to run without it."""
+    state = random_state()
+    after = draws()
+    batches = (f'batch {i}, {draws()}' for i in range(4))
+    loop = SimpleNamespace(dataloader_iterator=batches, fast_forward_on_resume=fast_forward)
+    runner = SimpleNamespace(iter=3, train_loop=loop, logger=MMLogger.get_current_instance())
+    hook = RandomStateHook()
+    hook.after_load_checkpoint(None, dict(random_state=state))
+    hook.before_train_epoch(runner)
+    if not fast_forward:
+        loop.dataloader_iterator.skip_iter(3)
+    expected = f'batch {0 if fast_forward else 3}, {after}'
+    assert next(loop.dataloader_iterator) == expected
 
 
 def test_state_survives_a_file(tmp_path):

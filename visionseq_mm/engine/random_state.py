@@ -32,6 +32,27 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state(state['cuda'].cpu())
 
 
+class _Batches:
+    """An iterator that also drops batches as onedl-mmengine's loop asks for it.
+
+    It loads them, as mmengine's loop does, where onedl-mmengine's own iterator would skip their
+    indices alone: then the generators of worker processes would not get to their place.
+    """
+
+    def __init__(self, batches):
+        self._batches = batches
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self._batches)
+
+    def skip_iter(self, num_iters):
+        for _ in range(num_iters):
+            next(self)
+
+
 @HOOKS.register_module()
 class RandomStateHook(Hook):
     """Stopping and ``--resume`` gives the training that would have been without stopping.
@@ -97,9 +118,11 @@ class RandomStateHook(Hook):
             return
         loop = runner.train_loop
         if hasattr(loop, 'dataloader_iterator'):
-            # The loop now drops batches, which draws random numbers without worker processes.
-            loop.dataloader_iterator = self._batches(
-                loop.dataloader_iterator, runner.iter, runner.logger
+            # The loop now drops batches, which draws random numbers without worker processes,
+            # unless it is onedl-mmengine's and was told not to.
+            skipped = 0 if getattr(loop, 'fast_forward_on_resume', False) else runner.iter
+            loop.dataloader_iterator = _Batches(
+                self._batches(loop.dataloader_iterator, skipped, runner.logger)
             )
         else:
             self._restore(runner.logger)
