@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import forks
 import pytest
 from mmdet.datasets import CocoDataset as MMDetCocoDataset
 from mmengine import fileio
@@ -480,7 +481,7 @@ def test_training_stops_with_the_message(roots, tmp_path):
 @pytest.mark.parametrize('case', ['folder', 'labels', 'format'])
 def test_mim_train_stops_with_the_message(case, roots, tmp_path):
     root = roots / dict(folder='nowhere', labels='category', format='labelme')[case]
-    command = 'mim', 'train', 'mmdet', CONFIGS / CONFIG, '--work-dir', 'work'
+    command = 'mim', 'train', forks.MMDET, CONFIGS / CONFIG, '--work-dir', 'work'
     output = processes(*command, cwd=tmp_path, NUTS_ROOT=str(root))
     assert 'Iter(train)' not in output
     error, *words = MESSAGES[case]

@@ -2,6 +2,7 @@
 
 import math
 
+import forks
 import pytest
 from processes import call, log, losses, options, the_config
 from toy_data import draw_camvid, draw_nuts
@@ -36,11 +37,11 @@ EXAMPLES = [
         *(SEGMENTATION, {'mIoU'}),
     ),
     (
-        *('mask-rcnn_*_nuts-*', 'mmdet', 'NUTS_ROOT', draw_nuts, 'nuts/'),
+        *('mask-rcnn_*_nuts-*', forks.MMDET, 'NUTS_ROOT', draw_nuts, 'nuts/'),
         *(MASK_RCNN, {'coco/bbox_mAP_50', 'coco/segm_mAP_50'}),
     ),
     (
-        *('retinanet_*_nuts-*', 'mmdet', 'NUTS_ROOT', draw_nuts, 'some nuts/'),
+        *('retinanet_*_nuts-*', forks.MMDET, 'NUTS_ROOT', draw_nuts, 'some nuts/'),
         *(RETINANET, {'coco/bbox_mAP_50'}),
     ),
 ]

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import cv2
+import forks
 import goldens
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def official(place):
 def trained(place, nuts, official):
     """The work folder of three iterations, begun with the official file."""
     call(
-        *('mim', 'train', 'mmdet', CONFIG, '--work-dir', 'trained'),
+        *('mim', 'train', forks.MMDET, CONFIG, '--work-dir', 'trained'),
         *options(
             {
                 'randomness.seed': 0,
@@ -131,7 +132,7 @@ def test_resuming(trained, nuts, place):
 def test_mim_test(trained, nuts, place):
     """The data root may end in a slash."""
     output = call(
-        *('mim', 'test', 'mmdet', CONFIG, '--checkpoint', trained / 'iter_2.pth'),
+        *('mim', 'test', forks.MMDET, CONFIG, '--checkpoint', trained / 'iter_2.pth'),
         *('--work-dir', 'tested', *options(SMALL)),
         cwd=place,
         NUTS_ROOT=f'{nuts}/',
