@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import forks
 import numpy as np
 import pytest
 import torch
@@ -56,7 +57,8 @@ def test_as_a_process(picture, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert 'The weights are random' in done.stderr
-    assert done.stdout == f'{out}\n'
+    # onedl-mmdetection warns on standard output when it is imported.
+    assert done.stdout.splitlines()[-1 if forks.ONEDL_MMDET else 0 :] == [str(out)]
     assert shape(out) == size([180], 4, 240)
 
 
