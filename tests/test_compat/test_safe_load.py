@@ -269,8 +269,11 @@ def attacks(marker):
 
 
 @pytest.mark.parametrize('name', attacks('marker'))
-def test_code_is_refused(name, site, tmp_path):
+def test_code_is_refused(name, site, tmp_path, monkeypatch):
     folder, url, cache = site
+    # The proof below would leave its own statistics to all buffers of later tests.
+    statistics = dict(HistoryBuffer._statistics_methods)
+    monkeypatch.setattr(HistoryBuffer, '_statistics_methods', statistics)
     marker = tmp_path / 'marker'
     payload = attacks(marker)[name]
     torch.save({'state_dict': payload}, folder / 'evil.pth')
