@@ -24,14 +24,16 @@ from mmseg.structures import SegDataSample
 CONFIGS = Path(__file__).parents[1] / 'configs'
 FILES = sorted(CONFIGS.rglob('*.py'))
 PATHS = [path for path in FILES if '_base_' not in path.parts]
-PARAMETERS = {
-    Path(model['Config']).stem: model['Metadata']['Parameters']
-    for metafile in CONFIGS.glob('*/metafile.yml')
-    for model in yaml.safe_load(metafile.read_text())['Models']
-}
-
 #: Those that train a step and predict at full size: one of each head on each family.
 TRAINED = (
+    'cascade-mask-rcnn_vil-nano_1xb2-500_nuts-400x300',
+    'mask-rcnn_secvit-nano_1xb8-300_shapes-128x128',
+    'mask-rcnn_vim-nano_1xb2-500_nuts-400x300',
+    'retinanet_secvit-nano_1xb2-500_nuts-400x300',
+    'upernet_secvit-nano_1xb8-1k_camvid-160x160',
+    'upernet_vil-nano_1xb8-1k_camvid-160x160',
+    'upernet_vim-nano_1xb8-1k_camvid-160x160',
+    'upernet_vim-nano_1xb8-300_shapes-128x128',
     'cascade-mask-rcnn_secvit-tiny_fpn_ms-3x_coco',
     'cascade-mask-rcnn_vil-tiny_sfp_8xb8-lsj-100e_coco-1024x1024',
     'cascade-mask-rcnn_vim-tiny_sfp_8xb8-lsj-100e_coco-1024x1024',
@@ -198,28 +200,30 @@ def strings(node, key=''):
 
 
 @every_config
-def test_model(path):
-    """It builds, has as many parameters as its metafile says, and heads that agree on classes."""
+def test_classes(path):
+    """All heads have as many as the data."""
     cfg = load(path)
     registry = importlib.import_module(f'{cfg.default_scope}.registry')
-    with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device('meta'):
-        model = registry.MODELS.build(cfg.model)
     dataset = cfg.train_dataloader.dataset
     metainfo = dataset.get('metainfo') or registry.DATASETS.get(dataset.type).METAINFO
     assert set(named(cfg.model.to_dict(), 'num_classes')) == {len(metainfo['classes'])}
-    if path.parent.name != 'custom_data':
-        assert sum(p.numel() for p in model.parameters()) == PARAMETERS[path.stem]
 
 
 def test_metafiles_name_every_config():
-    assert sorted(PARAMETERS) == sorted(p.stem for p in PATHS if p.parent.name != 'custom_data')
+    """test_zoo.py builds what they name."""
+    named = [
+        Path(model['Config']).stem
+        for metafile in CONFIGS.glob('*/metafile.yml')
+        for model in yaml.safe_load(metafile.read_text())['Models']
+    ]
+    assert set(named) == {path.stem for path in PATHS if path.parent.name != 'custom_data'}
 
 
-@one_of_each
-def test_training(path):
+@pytest.mark.parametrize('name', TRAINED)
+def test_training(name):
     """A step reaches all parameters, in bfloat16 too; predictions have their form."""
     torch.manual_seed(0)
-    cfg = copy.deepcopy(load(path))
+    cfg = copy.deepcopy(load(*(path for path in PATHS if path.stem == name)))
     cfg.model.backbone.pop('init_cfg', None)
     make_small(cfg)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):

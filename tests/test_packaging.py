@@ -133,6 +133,7 @@ def mim(installed, cwd, *arguments):
     return call(sys.executable, '-m', 'mim', *arguments, cwd=cwd, env=installed[1])
 
 
+@mim_finds_installed_packages
 def test_mim_search(installed, tmp_path):
     """By name, with what the metafile says."""
     found = mim(installed, tmp_path, 'search', 'visionseq_mm', '--valid-config')
@@ -147,6 +148,7 @@ def test_mim_search(installed, tmp_path):
     assert 'vil2-base' not in found
 
 
+@mim_finds_installed_packages
 @pytest.mark.parametrize(
     ('name', 'weights'),
     [
