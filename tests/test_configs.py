@@ -237,6 +237,28 @@ def test_training(name):
         check(model.eval().test_step(data))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('name', TRAINED)
+def test_training_on_a_gpu(name):
+    """Two steps as the config says, in bfloat16, and a prediction."""
+    cfg = copy.deepcopy(load(*(path for path in PATHS if path.stem == name)))
+    cfg.model.backbone.pop('init_cfg', None)
+    make_small(cfg)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        registry = importlib.import_module(f'{cfg.default_scope}.registry')
+        model = revert_sync_batchnorm(registry.MODELS.build(cfg.model)).cuda()
+        model.init_weights()
+        (num_classes,) = set(named(cfg.model.to_dict(), 'num_classes'))
+        data, check = CASES[cfg.default_scope](model, num_classes)
+        optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        assert optim_wrapper.cast_dtype == torch.bfloat16
+        for _ in range(2):
+            losses = model.train_step(copy.deepcopy(data), optim_wrapper)
+            assert losses['loss'].isfinite()
+        model.eval()
+        check(model.test_step(data))
+
+
 def make_small(cfg):
     """No padding to 1024x1024, few boxes, and no score is too low for an untrained model."""
     model = cfg.model

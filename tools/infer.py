@@ -109,7 +109,11 @@ def refuse_other_model(model, checkpoint, path):
     Backbones check what they load themselves, as they take official names and sizes.
     """
     weights = checkpoint.get('state_dict', checkpoint)
-    shapes = {name.removeprefix('module.'): tensor.shape for name, tensor in weights.items()}
+    shapes = {
+        name.removeprefix('module.'): tensor.shape
+        for name, tensor in weights.items()
+        if isinstance(tensor, torch.Tensor)
+    }
     parameters = [pair for pair in model.named_parameters() if not pair[0].startswith('backbone.')]
     lost = [name for name, tensor in parameters if shapes.get(name) != tensor.shape]
     if lost:

@@ -48,8 +48,13 @@ def without_second_amp(arguments, cfg):
     name = getattr(wrapper.get('type'), '__name__', str(wrapper.get('type')))
     if '--amp' not in arguments or not name.endswith('AmpOptimWrapper'):
         return arguments
-    dtype = f", with dtype='{wrapper.dtype}'" if wrapper.get('dtype') else ''
-    print(f'--amp changes nothing: AMP is on already, as optim_wrapper has type {name}{dtype}.')
+    dtype = wrapper.get('dtype')
+    if dtype == 'float32':
+        sys.exit(
+            f"--amp contradicts optim_wrapper.dtype='{dtype}', which is training without it: "
+            'leave one of them out.'
+        )
+    print(f'--amp changes nothing: on a GPU AMP is on already, by optim_wrapper.type={name}.')
     return [flag for flag in arguments if flag != '--amp']
 
 

@@ -24,8 +24,9 @@ from visionseq_mm.checkpoints import find_published
 
 ROOT = Path(__file__).parents[1]
 HEADER = """\
-# Metadata, Weights and Results of a checkpoint are written by tools/update_zoo.py. An empty entry
-# under Weights says that there are none: `mim download` then brings the config alone.
+# By hand: Name, In Collection, Config, Checkpoint, Published, Results of our trainings. The rest
+# is written by tools/update_zoo.py. An empty entry under Weights says that there are none:
+# `mim download` then brings the config alone.
 """
 TABLE = re.compile(r'(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)', re.S)
 
@@ -75,25 +76,33 @@ def counts_once():
     return count
 
 
-def metadata(cfg, count):
-    """What follows from a config; ``count`` is called with it and its model for the FLOPs."""
+def flops_of(model):
+    """Those that its entry in a metafile has, or None."""
+    found = model.get('Metadata', {})
+    return found.get('FLOPs') or found.get('Backbone FLOPs')
+
+
+def metadata(cfg, flops):
+    """What follows from a config; ``flops`` is a number, or counts them from it and its model."""
     model = build(cfg)
     epochs = cfg.train_cfg.get('max_epochs')
     return {
         'Parameters': sum(p.numel() for p in model.parameters()),
-        'FLOPs' if cfg.default_scope == 'mmpretrain' else 'Backbone FLOPs': count(cfg, model),
+        'FLOPs' if cfg.default_scope == 'mmpretrain' else 'Backbone FLOPs': flops
+        if isinstance(flops, int)
+        else flops(cfg, model),
         'Image': '{}x{}'.format(*image_size(cfg)),
         'Batch Size': cfg.auto_scale_lr.base_batch_size,
         **({'Epochs': epochs} if epochs else {'Iterations': cfg.train_cfg.max_iters}),
     }
 
 
-def update(model, count):
-    """An entry of a metafile with what is not written by hand."""
+def update(model, flops):
+    """An entry of a metafile with what is not written by hand; ``flops``: see ``metadata``."""
     by_hand = {key: model[key] for key in ('Name', 'In Collection', 'Config')}
     by_hand |= {key: model[key] for key in ('Checkpoint', 'Published') if key in model}
     cfg = Config.fromfile(ROOT / model['Config'])
-    entry = {**by_hand, 'Metadata': metadata(cfg, count)}
+    entry = {**by_hand, 'Metadata': metadata(cfg, flops)}
     if 'Checkpoint' not in model:
         results = {'Results': model['Results']} if 'Results' in model else {}
         return {**entry, **results, 'Weights': model.get('Weights') or ['']}
@@ -111,6 +120,14 @@ def update(model, count):
     }
 
 
+def trained(model):
+    """What a training of ours gave."""
+    if 'Checkpoint' in model or 'Results' not in model:
+        return '–'
+    metrics = (result['Metrics'].items() for result in model['Results'])
+    return ', '.join(f'{name} {value}' for each in metrics for name, value in each)
+
+
 def with_published(ours, published):
     return f'{ours} ({published})' if published else ours
 
@@ -119,7 +136,7 @@ def row(model, folder):
     """Cells that both tables have: config, parameters, FLOPs."""
     path = Path(model['Config'])
     published, found = model.get('Published', {}), model['Metadata']
-    flops = found.get('FLOPs') or found['Backbone FLOPs']
+    flops = flops_of(model)
     parameters = f'{found["Parameters"] / 1e6:.1f} M'
     return (
         f'[{path.stem}]({path.relative_to(folder).as_posix()})',
@@ -139,7 +156,8 @@ def classifiers(models, folder):
             name = model.get('Checkpoint')
             top1 = find_published(name).top1 if name else '–'
             name = f'`{name}`' if name else '–'
-            lines.append(f'| {config} | {name} | {parameters} | {flops} | {top1} | – |')
+            cells = config, name, parameters, flops, str(top1), trained(model)
+            lines.append(f'| {" | ".join(cells)} |')
     return lines
 
 
@@ -154,7 +172,8 @@ def dense(models, folder):
             image = model['Metadata']['Image'].replace('x', '×')
             metrics = model.get('Published', {}).get('Metrics', {})
             published = ', '.join(f'{name} {value}' for name, value in metrics.items()) or '–'
-            lines.append(f'| {config} | {image} | {parameters} | {flops} | {published} | – |')
+            cells = config, image, parameters, flops, published, trained(model)
+            lines.append(f'| {" | ".join(cells)} |')
     return lines
 
 
@@ -171,15 +190,19 @@ def with_tables(readme, models, folder):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--tables', action='store_true', help='write the tables alone: quick')
+    parser.add_argument(
+        '--keep-flops', action='store_true', help='count only those that are missing: quick'
+    )
     args = parser.parse_args(arguments)
     count = counts_once()
     for path in sorted(ROOT.glob('configs/*/metafile.yml')):
         content = yaml.safe_load(path.read_text())
-        if not args.tables:
-            content['Models'] = [update(model, count) for model in content['Models']]
-            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=99)
-            path.write_text(HEADER + text)
+        content['Models'] = [
+            update(model, (args.keep_flops and flops_of(model)) or count)
+            for model in content['Models']
+        ]
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=99)
+        path.write_text(HEADER + text)
         readme, folder = path.with_name('README.md'), path.parent.relative_to(ROOT)
         readme.write_text(with_tables(readme.read_text(), content['Models'], folder))
         print(f'{folder}: {len(content["Models"])} models')

@@ -1,5 +1,5 @@
 # The paper names Semantic FPN and its 80k iterations. The rest is that of RMT, dense code of the
-# same authors for a similar backbone.
+# same authors for a similar backbone, whose configs ask for frozen statistics.
 _base_ = [
     '../_base_/models/fpn.py',
     '../_base_/datasets/ade20k_512x512.py',

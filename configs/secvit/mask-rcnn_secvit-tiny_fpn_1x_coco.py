@@ -1,5 +1,5 @@
-# Rate, decay and length: SecViT's paper, appendix B. Normalised outputs, frozen statistics and
-# drop path: RMT, dense code of the same authors, who published none for SecViT.
+# Rate, decay and length: SecViT's paper, appendix B. Normalised outputs and drop path: RMT, dense
+# code of the same authors, who published none for SecViT; frozen statistics, as its configs ask.
 _base_ = [
     '../_base_/models/mask-rcnn.py',
     '../_base_/datasets/coco_instance.py',

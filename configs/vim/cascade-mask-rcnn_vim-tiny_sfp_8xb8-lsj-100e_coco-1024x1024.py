@@ -1,4 +1,4 @@
-# The recipe of Vim's detection code, cascade_mask_rcnn_vimdet_t_100ep_adj1, in float32.
+# The recipe of Vim's detection code, cascade_mask_rcnn_vimdet_t_100ep_adj1.
 _base_ = [
     '../_base_/models/cascade-mask-rcnn_sfp.py',
     '../_base_/datasets/coco_instance_lsj-1024x1024.py',

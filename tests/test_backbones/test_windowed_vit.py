@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from mmpretrain.registry import MODELS as MMPRETRAIN
 
 from visionseq_mm.checkpoints import CheckpointMismatchError
@@ -77,7 +78,9 @@ def test_mmpretrain_names_and_another_size():
     vit = build(img_size=512)
     vit.load_state_dict(source.state_dict())
     assert torch.equal(vit.layers[3].attn.qkv.weight, source.layers[3].attn.qkv.weight)
-    assert vit.pos_embed.shape == (1, 32, 32, 192)
+    table = source.pos_embed[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
+    expected = F.interpolate(table, size=(32, 32), mode='bicubic').permute(0, 2, 3, 1)
+    torch.testing.assert_close(vit.pos_embed.detach(), expected)
 
 
 def test_another_variant_and_table():

@@ -13,6 +13,7 @@ import goldens
 import official_files
 import pytest
 import torch
+import yaml
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from mmpretrain.registry import MODELS as MMPRETRAIN
@@ -140,24 +141,78 @@ def test_documented():
     assert published_table() in DOCS.read_text()
 
 
+#: {name: config that evaluates it}, as the metafiles say.
+EVALUATED_BY = {
+    model['Checkpoint'].removeprefix('visionseq://'): ROOT / model['Config']
+    for metafile in CONFIGS.glob('*/metafile.yml')
+    for model in yaml.safe_load(metafile.read_text())['Models']
+    if 'Checkpoint' in model
+}
+
+
+def test_every_file_has_a_config():
+    assert EVALUATED_BY.keys() == PUBLISHED.keys()
+
+
 @pytest.mark.parametrize(
-    ('name', 'family', 'config'),
+    'name',
     [
-        ('vim-tiny', 'vim', 'vim/vim-tiny_8xb128_in1k.py'),
-        ('vil2-tiny', 'vil2', 'vil/vil2-tiny_16xb64-ft-20e_in1k.py'),
-        ('secvit-tiny', 'secvit', 'secvit/secvit-tiny_8xb128_in1k.py'),
+        pytest.param(name, marks=() if name.endswith('-tiny') else pytest.mark.slow)
+        for name in official_files.VARIANTS
     ],
 )
-def test_classifier(name, family, config, publish):
+def test_classifier(name, publish):
     """``NAME/cls`` loads as a whole into the model of the config that evaluates it."""
     case = goldens.load(official_files.VARIANTS[name])
-    publish(name, official_files.published_form(family, case.weights))
-    model = MMPRETRAIN.build(Config.fromfile(CONFIGS / config).model).eval()
+    publish(name, official_files.published_form(name.split('-')[0], case.weights))
+    model = MMPRETRAIN.build(Config.fromfile(EVALUATED_BY[name]).model).eval()
     load_checkpoint(model, f'visionseq://{name}/cls', strict=True)
     with torch.no_grad():
         logits = model(case.image())
     error = goldens.error(logits, case.expected()['logits'])
     assert error <= goldens.TOLERANCES[case.family][torch.float32]
+
+
+@pytest.mark.parametrize(
+    ('name', 'family', 'config'),
+    [
+        ('vim-tiny', 'vim', 'vim/vim-tiny-stride8_8xb128-ft-30e_in1k.py'),
+        ('vil-tinyplus', 'vil', 'vil/vil-tinyplus-stride8_8xb128-ft-30e_in1k.py'),
+    ],
+)
+def test_start_of_long_sequences(name, family, config, publish):
+    """The whole classifier of stride 16, head included, its position table on the finer grid."""
+    case = goldens.load(official_files.VARIANTS[name])
+    publish(name, official_files.published_form(family, case.weights))
+    cfg = Config.fromfile(CONFIGS / config)
+    model = MMPRETRAIN.build(cfg.model)
+    load_checkpoint(model, cfg.load_from, strict=True)
+    weights = torch.load(cached(name), weights_only=True)
+    head = weights.get('model', weights.get('state_dict'))
+    name = 'head.weight' if family == 'vim' else 'head.1.weight'
+    assert torch.equal(model.head.fc.weight, head[name])
+    # ViL's table has the grid of stride 16 at any stride.
+    assert model.backbone.pos_embed.shape[1] == (27 if family == 'vim' else 14)
+
+
+def cached(name):
+    """Where torch.hub has put the file that ``publish`` serves."""
+    return Path(torch.hub.get_dir(), 'checkpoints', PUBLISHED[name].file)
+
+
+def test_second_step_of_vil():
+    """What the training at 192 pixels writes starts the one at 224."""
+    first, second = (
+        MMPRETRAIN.build(Config.fromfile(CONFIGS / 'vil' / name).model)
+        for name in (
+            'vil2-tiny_16xb128-800e_in1k-192px.py',
+            'vil2-tiny_16xb64-ft-20e_in1k.py',
+        )
+    )
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.head.fc.weight, first.head.fc.weight)
+    assert first.backbone.pos_embed.shape[1:3] == (12, 12)
+    assert second.backbone.pos_embed.shape[1:3] == (14, 14)
 
 
 def test_unknown_task():

@@ -10,8 +10,16 @@ from toy_data import write
 
 import visionseq_mm.registry  # noqa: F401, makes mmengine's checkpoints loadable
 
-#: Name of the recipe, and how many channels the classifier gets from a backbone of 32.
-RECIPES = {'vim/vim-tiny_8xb128_in1k.py': 32, 'vil/vil2-tiny_16xb128-800e_in1k-192px.py': 64}
+PLAIN = 'arch=dict(_delete_=True, embed_dims=32, depth=4)'
+#: {recipe: (the backbone in small, how many channels it gives to the classifier)}
+RECIPES = {
+    'vim/vim-tiny_8xb128_in1k.py': (PLAIN, 32),
+    'vil/vil2-tiny_16xb128-800e_in1k-192px.py': (PLAIN, 64),
+    'vim/vim-tiny-stride8_8xb128-ft-30e_in1k.py': (PLAIN, 32),
+    'vil/vil-tinyplus-stride8_8xb128-ft-30e_in1k.py': (PLAIN, 32),
+    'secvit/secvit-tiny_8xb128_in1k.py': ('num_clusters=(32, 8, 2, 1)', 1024),
+}
+QUICK = tuple(RECIPES)[:2]
 SHORT = {
     'train_dataloader.batch_size': 2,
     'train_dataloader.num_workers': 0,
@@ -48,13 +56,17 @@ def imagenet(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize('recipe', RECIPES)
+@pytest.mark.parametrize(
+    'recipe',
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES],
+)
 def test_recipe(recipe, place, imagenet):
+    backbone, channels = RECIPES[recipe]
     config = place / f'small_{the_config(recipe).name}'
     config.write_text(
         f'_base_ = {str(the_config(recipe))!r}\n'
-        'model = dict(backbone=dict(arch=dict(_delete_=True, embed_dims=32, depth=4)), '
-        f'head=dict(in_channels={RECIPES[recipe]}))\n'
+        f'load_from = None\nmodel = dict(backbone=dict({backbone}), '
+        f'head=dict(in_channels={channels}))\n'
     )
     work = config.stem
     call(
@@ -66,7 +78,7 @@ def test_recipe(recipe, place, imagenet):
     assert list(losses(place / work)) == [1, 2, 3]
     assert all(map(math.isfinite, losses(place / work).values())), losses(place / work)
     checkpoint = torch.load(place / work / 'epoch_1.pth', weights_only=True)
-    assert ('ema_state_dict' in checkpoint) is ('vim' in recipe)
+    assert ('ema_state_dict' in checkpoint) is (not recipe.startswith('vil/'))
     output = call(
         *('mim', 'test', 'mmpretrain', config, '--checkpoint', place / work / 'epoch_1.pth'),
         *('--work-dir', f'{work}_tested', '--gpus', 0, *options(SHORT)),

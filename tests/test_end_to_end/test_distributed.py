@@ -143,9 +143,13 @@ def test_sync_bn_is_refused_with_the_options_that_replace_it(place, camvid, free
     assert 'SyncBN needs GPUs' in output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    'pattern', ['mask-rcnn_vim-nano*nuts*', 'retinanet_secvit-nano*nuts*', 'upernet_vim-*camvid*']
+    'pattern',
+    [
+        'retinanet_secvit-nano*nuts*',
+        pytest.param('mask-rcnn_vim-nano*nuts*', marks=pytest.mark.slow),
+        pytest.param('upernet_vim-*camvid*', marks=pytest.mark.slow),
+    ],
 )
 def test_two_steps_and_a_validation(pattern, tmp_path, free_port):
     """The segmentor with the options that the message about SyncBN names."""

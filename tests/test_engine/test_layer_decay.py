@@ -45,6 +45,12 @@ DEPTHS = {
         'stages.2.': 2,
         'stages.3.': 1,
     },
+    'WindowedViT': {
+        'patch_embed.': 3,
+        'pos_embed': 3,
+        'layers.0.': 2,
+        'layers.1.': 1,
+    },
 }
 #: What has several dimensions and does not decay, in the first block of the first or last stage.
 UNDECAYED = {
@@ -59,6 +65,7 @@ UNDECAYED = {
     'SecViT': {'stages.3.blocks.0.gamma_1', 'stages.3.blocks.0.gamma_2'},
     'SECSwin': set(),
     'SECFasterViT': set(),
+    'WindowedViT': {'pos_embed'},
 }
 #: Some of what does decay, and of what has one dimension and does not.
 DECAYED = {
@@ -67,6 +74,7 @@ DECAYED = {
     'SecViT': ('patch_embed.proj.0.weight', 'stages.0.blocks.0.attn.qkv.weight'),
     'SECSwin': ('patch_embed.projection.weight', 'stages.0.blocks.0.attn.qkv.weight'),
     'SECFasterViT': ('stages.0.blocks.0.conv1.weight', 'stages.2.blocks.0.attn.qkv.weight'),
+    'WindowedViT': ('patch_embed.projection.weight', 'layers.0.attn.qkv.weight'),
 }
 FLAT = {
     'Vim': ('blocks.0.norm.weight', 'blocks.0.mixer.D', 'blocks.0.mixer.dt_proj.bias'),
@@ -78,6 +86,7 @@ FLAT = {
     'SecViT': ('patch_embed.proj.1.weight', 'stages.0.blocks.0.norm1.weight'),
     'SECSwin': ('stages.0.blocks.0.norm1.weight',),
     'SECFasterViT': ('stages.2.blocks.0.norm1.weight',),
+    'WindowedViT': ('layers.0.ln1.weight', 'layers.1.attn.qkv.bias'),
 }
 SMALL = {
     'Vim': dict(arch=dict(embed_dims=16, depth=3), out_indices=-1),
@@ -93,6 +102,16 @@ SMALL = {
     ),
     'SECSwin': dict(),
     'SECFasterViT': dict(),
+    'WindowedViT': dict(
+        arch=dict(
+            embed_dims=16,
+            num_layers=2,
+            num_heads=2,
+            feedforward_channels=32,
+            global_attn_indexes=[1],
+        ),
+        out_channels=0,
+    ),
 }
 
 
@@ -163,6 +182,33 @@ def test_custom_keys_decide_on_the_decay():
     mixer = model.backbone.blocks[1].mixer
     assert found[mixer.A_log]['lr'] == 1
     assert found[mixer.A_log]['weight_decay'] == found[mixer.D]['weight_decay'] == 0
+
+
+def test_flat_parameters_under_a_custom_key():
+    """mmengine would have them decay then."""
+    model = build('WindowedViT')
+    custom = {'head': dict(lr_mult=3.0), 'backbone': dict(lr_mult=2.0)}
+    groups = optimizer(model, layer_decay_rate=1, custom_keys=custom).param_groups
+    decay = {p: group['weight_decay'] for group in groups for p in group['params']}
+    for name, param in model.named_parameters():
+        assert decay[param] == (0.1 if param.ndim > 1 and 'pos_embed' not in name else 0), name
+
+
+def test_the_longest_custom_key_decides():
+    """As for mmengine."""
+    model = build('Vim')
+    custom = {'blocks': dict(decay_mult=1.0), 'blocks.1': dict(lr_mult=2.0)}
+    groups = optimizer(model, layer_decay_rate=1, custom_keys=custom).param_groups
+    found = {p: group['weight_decay'] for group in groups for p in group['params']}
+    first, second, _ = (block.mixer.A_log for block in model.backbone.blocks)
+    assert (found[first], found[second]) == (0.1, 0)
+
+
+@pytest.mark.parametrize('key', ['norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult'])
+def test_other_rules_for_norms_and_biases(key):
+    optimizer(build('Vim'), layer_decay_rate=1, **{key: 0.0})
+    with pytest.raises(ValueError, match=f'has {key}=1.0, .* decay_mult in custom_keys'):
+        optimizer(build('Vim'), layer_decay_rate=1, **{key: 1.0})
 
 
 def test_mmpretrain_backbone():

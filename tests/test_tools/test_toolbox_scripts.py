@@ -274,7 +274,7 @@ def test_segmentor(data, tmp_path):
     train = (sys.executable, TOOLS / 'train.py', data / 'segmentor.py', '--work-dir', 'work')
     log = call(*train, '--auto-scale-lr', *AMP, cwd=tmp_path)
     assert 'LR is set based on batch size' in log
-    assert 'AMP is on already, as optim_wrapper has type visionseq_mm.AmpOptimWrapper.' in log
+    assert 'AMP is on already, by optim_wrapper.type=visionseq_mm.AmpOptimWrapper.' in log
     train = (*train, '--cfg-options', 'train_cfg.max_iters=2')
     log = call(*train, '--resume', 'work/iter_1.pth', cwd=tmp_path)
     assert 'resumed epoch: 0, iter: 1' in log

@@ -142,7 +142,7 @@ class SequenceBackbone(LoadsOfficialFiles, BaseModule):
         return wrapped
 
     def finish_init(self, out_norm, widths):
-        """Build the output norms and freeze; the last call of a constructor.
+        """Build the output norms, freeze, note depths; the last call of a constructor.
 
         Args:
             out_norm (dict | None): Norm config for (B, C, H, W) maps.
@@ -159,6 +159,13 @@ class SequenceBackbone(LoadsOfficialFiles, BaseModule):
         for item in self.frozen_items():
             item.requires_grad_(False)
         self.train(self.training)  # frozen parts in eval mode
+        depths = {
+            param: depth
+            for depth, part in enumerate(self.parts())
+            for item in part
+            for param in _parameters(item)
+        }
+        self._depths = {n: depths[p] for n, p in self.named_parameters() if p in depths}
 
     def parts(self):
         """[stem, block 1, block 2, ...]; each a list of modules and parameters."""
@@ -179,14 +186,9 @@ class SequenceBackbone(LoadsOfficialFiles, BaseModule):
             tuple[int, int]: Depth, 0 for the stem, k for the k-th block (pair,
             stage), the last for what follows them; and how many depths there are.
         """
-        parts = self.parts()
-        depth = len(parts)
-        if param_name.startswith(prefix):
-            param = self.get_parameter(param_name.removeprefix(prefix))
-            for k, part in enumerate(parts):
-                if any(param is p for item in part for p in _parameters(item)):
-                    depth = k
-        return depth, len(parts) + 1
+        num_depths = len(self.parts()) + 1
+        own = param_name.startswith(prefix) and param_name.removeprefix(prefix)
+        return self._depths.get(own, num_depths - 1), num_depths
 
     def no_weight_decay(self):
         """Names of the parameters that weight decay leaves alone, as timm's models list them."""

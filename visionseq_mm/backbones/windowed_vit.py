@@ -4,13 +4,16 @@ mmpretrain has it as the image encoder of SAM. Here it has DeiT's sizes and load
 """
 
 import math
-from importlib.util import find_spec
 
 from visionseq_mm import checkpoints
+from visionseq_mm.layers import resize_grid
 from visionseq_mm.registry import MODELS, register_absent
 
-if find_spec('mmpretrain'):
+try:
     from mmpretrain.models import ViTSAM
+except ImportError:  # without mmpretrain, or without what it imports
+    WindowedViT = register_absent(MODELS, 'WindowedViT', 'mmpretrain')
+else:
 
     @MODELS.register_module()
     class WindowedViT(checkpoints.LoadsOfficialFiles, ViTSAM):
@@ -44,7 +47,7 @@ if find_spec('mmpretrain'):
             return {'pos_embed'}
 
         def convert_tensors(self, tensors):
-            """(1, 1 + h * w, D), the class token's row first, -> (1, h, w, D)."""
+            """(1, 1 + rows * columns, D), the class token's row first, -> (1, h, w, D)."""
             table = tensors.get('pos_embed')
             if table is not None and table.ndim == 3:
                 side = math.isqrt(table.shape[1])
@@ -52,8 +55,6 @@ if find_spec('mmpretrain'):
                     raise checkpoints.CheckpointMismatchError(
                         f'a position table of {table.shape[1]} rows is no square and a class token'
                     )
-                tensors['pos_embed'] = table[:, 1:].unflatten(1, (side, side))
+                table = table[:, 1:].unflatten(1, (side, side))
+                tensors['pos_embed'] = resize_grid(table, self.patch_resolution)
             return tensors
-
-else:
-    WindowedViT = register_absent(MODELS, 'WindowedViT', 'mmpretrain')

@@ -14,7 +14,8 @@ def AmpOptimWrapper(dtype='bfloat16', **kwargs):
     """mmengine's ``AmpOptimWrapper`` on an accelerator, its ``OptimWrapper`` on a CPU.
 
     So the same config trains in mixed precision on a GPU and in the precision of the parameters
-    elsewhere, where mmengine's refuses to be built.
+    elsewhere, where mmengine's refuses to be built. A function that is registered like a class,
+    for it builds one of the two.
 
     Args:
         dtype (str): What operations compute in: 'bfloat16', without a scale of the loss, for
@@ -29,7 +30,7 @@ def AmpOptimWrapper(dtype='bfloat16', **kwargs):
         raise ValueError(
             f'optim_wrapper.dtype must be one of {", ".join(map(repr, DTYPES))}, got {dtype!r}'
         )
-    if dtype == 'float32' or get_device() == 'cpu':
+    if dtype == 'float32' or get_device() in ('cpu', 'mps'):
         for key in ('loss_scale', 'use_fsdp'):
             kwargs.pop(key, None)
         return OptimWrapper(**kwargs)

@@ -31,12 +31,20 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         layer_decay_rate (float): Above 0, at most 1; 1: the same rate for all.
 
     Raises:
-        ValueError: Without ``layer_decay_rate``, for one out of range, and for
+        ValueError: Without ``layer_decay_rate``, for one out of range, for mmengine's
+            multipliers of the decay of norms and biases unless they are 0, and for
             a model whose ``backbone`` does not know the depth of a parameter.
     """
 
     def __init__(self, optim_wrapper_cfg, paramwise_cfg=None):
-        super().__init__(optim_wrapper_cfg, {'flat_decay_mult': 0.0, **(paramwise_cfg or {})})
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        for key in ('norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult'):
+            if self.paramwise_cfg.get(key):
+                raise ValueError(
+                    f'paramwise_cfg has {key}={self.paramwise_cfg[key]}, but with '
+                    f'{type(self).__name__} the weights of norms and biases do not decay: leave '
+                    'it out, or give those that should a decay_mult in custom_keys'
+                )
         decay = self.paramwise_cfg.get('layer_decay_rate')
         if not isinstance(decay, (int, float)) or not 0 < decay <= 1:
             raise ValueError(
@@ -80,13 +88,15 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """Names whose weights do not decay, without those that a custom key decides on."""
         if self.base_wd is None:
             return set()
-        # Scalars, such as the scales of one-stage heads, are not flat for mmengine.
-        names = {name for name, param in model.named_parameters() if param.ndim == 0}
+        names = {name for name, param in model.named_parameters() if param.ndim < 2}
         if hasattr(model.backbone, 'no_weight_decay'):
             names |= {BACKBONE + name for name in model.backbone.no_weight_decay()}
-        custom = [
-            key
-            for key, settings in self.paramwise_cfg.get('custom_keys', {}).items()
-            if 'decay_mult' in settings
-        ]
-        return {name for name in names if not any(key in name for key in custom)}
+        return {name for name in names if 'decay_mult' not in self._custom_settings(name)}
+
+    def _custom_settings(self, name):
+        """Those of the longest key in ``name``, which mmengine obeys, too."""
+        custom_keys = self.paramwise_cfg.get('custom_keys', {})
+        for key in sorted(sorted(custom_keys), key=len, reverse=True):
+            if key in name:
+                return custom_keys[key]
+        return {}

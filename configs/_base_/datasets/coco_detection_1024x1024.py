@@ -25,7 +25,7 @@ tta_pipeline = [
                     scale=tuple(int(side * ratio) for side in scale),
                     keep_ratio=True,
                 )
-                for ratio in (0.5, 1.0, 1.5)
+                for ratio in (0.5, 0.75, 1.0)  # above 1024 the model would pad to 2048
             ],
             [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)],
             [dict(type='PackDetInputs', meta_keys=(*_base_.meta_keys, 'flip', 'flip_direction'))],

@@ -9,7 +9,14 @@ train_pipeline = [
     dict(
         type='RandomChoice',
         transforms=[
-            [dict(type='RandomGrayscale', prob=1.0, keep_channels=True)],
+            [
+                dict(
+                    type='RandomGrayscale',
+                    prob=1.0,
+                    keep_channels=True,
+                    channel_weights=(0.114, 0.587, 0.2989),  # luminance, of BGR
+                )
+            ],
             [dict(type='Solarize', thr=128, prob=1.0)],
             [dict(type='GaussianBlur', magnitude_range=(0.1, 2.0), magnitude_std='inf', prob=1.0)],
         ],

@@ -1,6 +1,6 @@
-# UperNet on SecViT, which is a pyramid of its own. Normalised outputs, frozen statistics and the
-# rate of drop path are those of RMT, dense code of the same authors, who published none for
-# SecViT.
+# UperNet on SecViT, which is a pyramid of its own. Normalised outputs and the rate of drop path
+# are those of RMT, dense code of the same authors, who published none for SecViT; the statistics
+# are frozen, as RMT's configs ask.
 _base_ = './upernet.py'
 dims = [64, 128, 256, 512]
 model = dict(
