@@ -5,6 +5,7 @@ from mmengine.optim import build_optim_wrapper
 from mmpretrain.models import ImageClassifier
 from mmpretrain.registry import MODELS as MMPRETRAIN
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from visionseq_mm.registry import MODELS
 
@@ -182,6 +183,19 @@ def test_custom_keys_decide_on_the_decay():
     mixer = model.backbone.blocks[1].mixer
     assert found[mixer.A_log]['lr'] == 1
     assert found[mixer.A_log]['weight_decay'] == found[mixer.D]['weight_decay'] == 0
+
+
+def test_wrapped_blocks():
+    """Their names are others, as FSDP's; rates and decay are the same."""
+    model, wrapped = build('Vim'), build('Vim')
+    wrapped.backbone.blocks[1] = checkpoint_wrapper(wrapped.backbone.blocks[1])
+    assert [name for name, _ in wrapped.named_parameters()] != list(dict(model.named_parameters()))
+    settings = []
+    for each in (model, wrapped):
+        groups = optimizer(each, layer_decay_rate=0.5).param_groups
+        found = {p: (g['lr'], g['weight_decay']) for g in groups for p in g['params']}
+        settings.append([found[p] for p in each.parameters()])
+    assert settings[0] == settings[1]
 
 
 def test_flat_parameters_under_a_custom_key():

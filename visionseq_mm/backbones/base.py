@@ -41,11 +41,6 @@ def linear_ramp(last, count):
     return [last * i / max(count - 1, 1) for i in range(count)]
 
 
-def _parameters(item):
-    """Parameters of a module, or the one that it is itself."""
-    return item.parameters() if isinstance(item, nn.Module) else (item,)
-
-
 class SequenceBackbone(LoadsOfficialFiles, BaseModule):
     """Base of all backbones.
 
@@ -159,13 +154,10 @@ class SequenceBackbone(LoadsOfficialFiles, BaseModule):
         for item in self.frozen_items():
             item.requires_grad_(False)
         self.train(self.training)  # frozen parts in eval mode
-        depths = {
-            param: depth
-            for depth, part in enumerate(self.parts())
-            for item in part
-            for param in _parameters(item)
+        names = {x: name for name, x in chain(self.named_modules(), self.named_parameters())}
+        self._depths = {
+            names[item]: depth for depth, part in enumerate(self.parts()) for item in part
         }
-        self._depths = {n: depths[p] for n, p in self.named_parameters() if p in depths}
 
     def parts(self):
         """[stem, block 1, block 2, ...]; each a list of modules and parameters."""
@@ -186,9 +178,13 @@ class SequenceBackbone(LoadsOfficialFiles, BaseModule):
             tuple[int, int]: Depth, 0 for the stem, k for the k-th block (pair,
             stage), the last for what follows them; and how many depths there are.
         """
-        num_depths = len(self.parts()) + 1
-        own = param_name.startswith(prefix) and param_name.removeprefix(prefix)
-        return self._depths.get(own, num_depths - 1), num_depths
+        last = len(self.parts())
+        if param_name.startswith(prefix):
+            own = param_name.removeprefix(prefix) + '.'
+            for part_name, depth in self._depths.items():
+                if own.startswith(part_name + '.'):
+                    return depth, last + 1
+        return last, last + 1
 
     def no_weight_decay(self):
         """Names of the parameters that weight decay leaves alone, as timm's models list them."""

@@ -1,11 +1,15 @@
 """Smaller learning rates for earlier layers, and no weight decay where it does harm."""
 
+import re
+
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 
 from visionseq_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 BACKBONE = 'backbone.'
+#: What FSDP and activation checkpointing put into the names of what they wrap.
+WRAPPERS = re.compile(r'_(?:fsdp|checkpoint)_wrapped_module\.')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -65,7 +69,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 "backbone of visionseq_mm or mmpretrain, or optim_wrapper.constructor='"
                 "DefaultOptimWrapperConstructor'"
             )
-        names = {param: name for name, param in module.named_parameters()}
+        names = {param: WRAPPERS.sub('', name) for name, param in module.named_parameters()}
         undecayed = self._undecayed(module)
         merged = {}
         for group in params:
@@ -91,6 +95,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         names = {name for name, param in model.named_parameters() if param.ndim < 2}
         if hasattr(model.backbone, 'no_weight_decay'):
             names |= {BACKBONE + name for name in model.backbone.no_weight_decay()}
+        names = {WRAPPERS.sub('', name) for name in names}
         return {name for name in names if 'decay_mult' not in self._custom_settings(name)}
 
     def _custom_settings(self, name):
