@@ -1,37 +1,10 @@
 # Boxes and masks; the longer side is 1024, and the model pads the rest.
-_base_ = './coco_instance.py'
-scale = (1024, 1024)
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='Resize', scale=scale, keep_ratio=True),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=scale, keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='PackDetInputs', meta_keys=_base_.meta_keys),
-]
-tta_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(
-        type='TestTimeAug',
-        transforms=[
-            [
-                dict(
-                    type='Resize',
-                    scale=tuple(int(side * ratio) for side in scale),
-                    keep_ratio=True,
-                )
-                for ratio in (0.5, 0.75, 1.0)  # above 1024 the model would pad to 2048
-            ],
-            [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)],
-            [dict(type='PackDetInputs', meta_keys=(*_base_.meta_keys, 'flip', 'flip_direction'))],
-        ],
-    ),
-]
+_base_ = './coco_detection_1024x1024.py'
+masks = dict(LoadAnnotations=dict(with_mask=True))
+train_pipeline = [dict(step, **masks.get(step['type'], {})) for step in _base_.train_pipeline]
+test_pipeline = [dict(step, **masks.get(step['type'], {})) for step in _base_.test_pipeline]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
+val_evaluator = dict(metric=['bbox', 'segm'])
+test_evaluator = val_evaluator
