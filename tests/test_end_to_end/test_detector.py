@@ -143,7 +143,7 @@ def test_mim_test(trained, nuts, place):
 def test_test_time_augmentation(trained, nuts, place):
     """Flipped views too; masks are scored as well as boxes."""
     call(
-        *('mim', 'test', 'mmdet', CONFIG, '--checkpoint', trained / 'iter_2.pth'),
+        *('mim', 'test', forks.MMDET, CONFIG, '--checkpoint', trained / 'iter_2.pth'),
         *('--work-dir', 'augmented', '--tta', *options(SMALL)),
         cwd=place,
         NUTS_ROOT=str(nuts),

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import forks
 import mmengine
 import numpy as np
 import pytest
@@ -482,7 +483,7 @@ def test_tta_of_mmseg_without_its_settings(toolbox):
 @pytest.mark.parametrize(
     ('package', 'name'),
     [
-        ('mmdet', 'mask-rcnn_secvit-nano_1xb8-300_shapes-128x128'),
+        (forks.MMDET, 'mask-rcnn_secvit-nano_1xb8-300_shapes-128x128'),
         ('mmsegmentation', 'upernet_vim-nano_1xb8-300_shapes-128x128'),
     ],
 )
