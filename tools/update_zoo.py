@@ -85,12 +85,13 @@ def flops_of(model):
 def metadata(cfg, flops):
     """What follows from a config; ``flops`` is a number, or counts them from it and its model."""
     model = build(cfg)
+    parameters = sum(p.numel() for p in model.parameters())
+    if callable(flops):
+        flops = flops(cfg, model)
     epochs = cfg.train_cfg.get('max_epochs')
     return {
-        'Parameters': sum(p.numel() for p in model.parameters()),
-        'FLOPs' if cfg.default_scope == 'mmpretrain' else 'Backbone FLOPs': flops
-        if isinstance(flops, int)
-        else flops(cfg, model),
+        'Parameters': parameters,
+        'FLOPs' if cfg.default_scope == 'mmpretrain' else 'Backbone FLOPs': flops,
         'Image': '{}x{}'.format(*image_size(cfg)),
         'Batch Size': cfg.auto_scale_lr.base_batch_size,
         **({'Epochs': epochs} if epochs else {'Iterations': cfg.train_cfg.max_iters}),
