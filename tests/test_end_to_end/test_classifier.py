@@ -19,7 +19,7 @@ RECIPES = {
     'vil/vil-tinyplus-stride8_8xb128-ft-30e_in1k.py': (PLAIN, 32),
     'secvit/secvit-tiny_8xb128_in1k.py': ('num_clusters=(32, 8, 2, 1)', 1024),
 }
-QUICK = tuple(RECIPES)[:2]
+QUICK = tuple(RECIPES)[:1]
 SHORT = {
     'train_dataloader.batch_size': 2,
     'train_dataloader.num_workers': 0,
