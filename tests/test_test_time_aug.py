@@ -86,6 +86,13 @@ def test_boxes_alone_classes_apart_and_at_most_three(tta):
     torch.testing.assert_close(merged.pred_instances.scores, torch.tensor([0.6, 0.5, 0.4]))
 
 
+def test_nothing_found_in_one_view(tta):
+    views = [sample([], [], direction='horizontal'), sample([[1, 2, 4, 8]], [0.6])]
+    (merged,) = tta.merge_preds([views])
+    assert merged.pred_instances.bboxes.tolist() == [[1, 2, 4, 8]]
+    assert merged.pred_instances.masks[0, 2:8, 1:4].all()
+
+
 def test_nothing_found(tta):
     (merged,) = tta.merge_preds([[sample([], []), sample([], [], direction='horizontal')]])
     assert len(merged.pred_instances) == 0

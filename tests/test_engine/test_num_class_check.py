@@ -129,3 +129,14 @@ def test_training_without_validation(hook):
 def test_nothing_to_compare(hook):
     everything(hook, runner(Segmentor(decode=None), *[object()] * 3))
     everything(hook, runner(nn.Conv2d(1, 1, 1)))
+
+
+def test_classifier(hook):
+    """mmpretrain's head, in a wrapper too; its backbone's numbers do not matter."""
+    model = nn.Module()
+    model.backbone, model.head = Head(1000), Head(3)
+    everything(hook, runner(model))
+    model.head.num_classes = 4
+    for each in (model, Wrapped(model)):
+        with pytest.raises(ValueError, match=r'model\.head\.num_classes is 4, .* 3 classes'):
+            hook.before_train(runner(each))

@@ -469,6 +469,15 @@ def test_amp_is_asked_for_once(toolbox, kind, kept):
     assert without(['c.py'], cfg) == ['c.py']
 
 
+def test_amp_against_float32(toolbox):
+    """The wrapper with its precision turned off, and the flag: one of them is a mistake."""
+    without = runpy.run_path(str(TOOLS / 'train.py'))['without_second_amp']
+    cfg = Config(dict(optim_wrapper=dict(type='visionseq_mm.AmpOptimWrapper', dtype='float32')))
+    assert without(['c.py'], cfg) == ['c.py']
+    with pytest.raises(SystemExit, match=r"--amp contradicts optim_wrapper\.dtype='float32'"):
+        without(['c.py', '--amp'], cfg)
+
+
 def test_tta_of_mmseg_without_its_settings(toolbox):
     check = runpy.run_path(str(TOOLS / 'test.py'))['check_tta']
     check(Config(dict(tta_model={}, tta_pipeline=[])), 'c.py')
